@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.evaluation.generate import generate
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.image_features import kept_vectors
+from tunesmith.planning.decisions import Decisions
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import runs
+from tunesmith.training.seeing import decide_seeing
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
@@ -191,7 +194,9 @@ def test_vision_and_projector_are_words_of_targets(tmp_path: Path) -> None:  # t
         check()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "idefics3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "idefics3", "llava"))]
+)
 def test_two_prompts_together_are_answered_as_each_alone(family: str, tmp_path: Path) -> None:
     setup = setup_of(tmp_path, family, evaluation={"samples": 3})
     prompts = [(list(sample.ids), sample.images) for sample in setup.samples[:2]]
@@ -205,15 +210,20 @@ def test_two_prompts_together_are_answered_as_each_alone(family: str, tmp_path: 
     ("sections", "words"),
     [
         ({"method": {"name": "peft", "kind": "IA3"}}, "method.name: peft: not with images"),
-        ({"task": "generate"}, "has no place for images"),
+        ({"method": "qlora"}, "method.name: qlora: not with images"),
+        ({"devices": 2}, "devices, shard: rows with images"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(sections: Any, words: str, tmp_path: Path) -> None:
     given = vision_recipe(tmp_path).model_dump(mode="json")
-    with pytest.raises((RecipeError, DataError)) as refused:
-        prepare(validate({**given, **sections}), root=tmp_path / "runs")
-    problems = getattr(refused.value, "problems", ())
-    assert words in f"{refused.value} {' '.join(map(str, problems))}"
+    with pytest.raises(RecipeError, match=words):
+        decide_seeing(Decisions(validate({**given, **sections})), SimpleNamespace(has_images=True))
+
+
+def test_another_task_has_no_place_for_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        prepare(vision_recipe(tmp_path, task="generate"), root=tmp_path / "runs")
+    assert {problem.code for problem in refused.value.problems} == {"no_images_here"}
 
 
 def test_a_model_that_reads_text_alone_refuses_images(tmp_path: Path) -> None:
