@@ -120,6 +120,7 @@ def test_each_option_and_each_file_is_part_of_the_identity_of_a_run(setup: Setup
         "embed",
         "ranking",
         "reinforce",
+        "distil",
         "track",
     }  # of other tasks; a tracker changes no number
     options = flat(setup.recipe.model_dump(exclude=sections))

@@ -27,6 +27,7 @@ PHASES = {
     "train": "training",
     "evaluate": "measuring held-out rows",
     "reference": "measuring rows with the untouched model",
+    "teacher": "reading rows with the teacher",
     "documents": "reading documents",
     "answer": "answering held-out prompts",
     "draw": "drawing answers",

@@ -40,8 +40,8 @@ Layout = Literal["packed", "padded", "encoder_decoder"]
 TaskName = str
 """A key of `tasks.TASKS`."""
 TASK_NAMES = [
-    "auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward", "reinforce", "embed",
-    "rank",
+    "auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward", "reinforce",
+    "distil", "embed", "rank",
 ]  # fmt: skip
 """Values of a recipe's `task`; `tasks.register` adds to them."""
 EXPORT_NAMES = ("merged", "adapter", "gguf", "ollama", "onnx")
@@ -257,7 +257,8 @@ class Row:
     keys: tuple[int, ...] = ()
     """A number for each text that becomes a vector, equal for equal texts whatever prompt precedes them."""
     values_NC: NDArray[np.float32] | None = None
-    """Numbers of each trained token of an answer that the model drew: `tasks.policy_losses.COLUMNS`."""
+    """Numbers of each trained token: of an answer that the model drew `tasks.policy_losses.COLUMNS`; of an answer
+    that a teacher has read `data.teacher_rows.columns`."""
     images: tuple[int, ...] = ()
     """`ImageRef.number` of each image that its tokens have places for, in order."""
 
@@ -328,7 +329,7 @@ class Batch:
     keys_L: Tensor | None = None
     """int64, `Row.keys` of each line; None: the texts have none."""
     values_NC: Tensor | None = None
-    """float32, the numbers of each target of drawn answers, `Row.values_NC`; None: rows are no drawn answers."""
+    """float32, the numbers of each target, `Row.values_NC`; None: rows have none."""
     images: tuple[BatchImage, ...] = ()
     """The images of its rows, in order."""
 

@@ -187,7 +187,7 @@ def test_further_numbers_of_a_function_are_told_beside_its_reward(tmp_path: Path
         ({**STRING, "operation": "is"}, "operation: "),
         ({**STRING, "extra": 1}, "extra: there is no such option of this type"),
         ({"type": "label_model"}, "Let a `score_model` grader give a number"),
-        ({"type": "reward_run", "run": "x"}, "/v1/classify"),
+        ({"type": "reward_run"}, "run: Field required"),
         ({"type": "text_similarity", "input": "", "reference": "", "evaluation_metric": "cosine"}, "rouge_l"),
         ({"type": "text_similarity", "input": "", "reference": "", "evaluation_metric": "meteor"}, "`python` grader"),
         ({"type": "python", "source": "", "image_tag": "2025-05-08"}, "Leave it out"),
@@ -209,7 +209,11 @@ def test_what_is_no_grader_is_refused_with_its_place(value: Any, words: str) -> 
 
 def test_files_that_are_no_grader_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
-    words = {"run:last": "task reward", "x.txt": "file.py", str(tmp_path / "bad.jsn"): "file.py"}
+    words = {
+        "run:": "run: String should have at least 1 character",
+        "x.txt": "file.py",
+        str(tmp_path / "bad.jsn"): "file.py",
+    }
     words |= {
         str(tmp_path / "bad.json"): "JSON",
         "none.py": "no such file",

@@ -11,10 +11,10 @@ MAX_FUNCTION = 60
 LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
-    "api, types, errors, …": (1_710, "the Python interface, the types that travel, images too, errors, ways out"),
-    "cli": (4_720, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_340, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
-    "evaluation": (4_040, "measures with intervals, answers, graded answers, comparison, the report"),
+    "api, types, errors, …": (1_715, "the Python interface, the types that travel, images too, errors, ways out"),
+    "cli": (4_750, "twenty-two commands, what they print and what they refuse"),
+    "data": (10_385, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
         1_830,
@@ -24,22 +24,22 @@ ROOMS = {
         2_400,
         "types of graders, children for their code, a judge, a trial with a verdict, what strangers' may use",
     ),
-    "inference": (1_600, "a result loaded, files of rows answered and measured"),
+    "inference": (1_640, "a result loaded, files of rows answered and measured"),
     "jobs": (4_720, "OpenAI's fine-tuning API: files, jobs, graders, projects, webhooks, recovery from kills"),
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),
-    "models": (5_700, "finding, loading, attention, heads, losses in pieces, what sees"),
+    "models": (5_840, "finding, loading, attention, heads, losses in pieces, divergences, what sees"),
     "optim": (450, "optimizers and schedules"),
     "pages": (1_700, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_730, "defaults with reasons; memory, time, disk"),
-    "recipe": (1_890, "every option, declared once; files of other tools translated"),
+    "planning": (1_745, "defaults with reasons; memory, time, disk"),
+    "recipe": (1_935, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_635, "what is learnt"),
+    "tasks": (1_830, "what is learnt"),
     "summaries": (610, "what commands and pages say in the same words; nearly all of it was in cli and pages"),
     "trackers": (750, "four experiment trackers"),
-    "training": (4_850, "the loop, a run around it, and the answers that it draws"),
+    "training": (5_320, "the loop, a run around it, the answers that it draws, a teacher"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

@@ -21,8 +21,10 @@ from tunesmith.tasks import TASKS
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import Listener, resume, train
 
-EVERY = [(task.name, kind) for task in TASKS.values() for kind in task.heads if not task.samples]
-"""Tasks whose answers are drawn need a grader: test_reinforce.py."""
+EVERY = [
+    (task.name, kind) for task in TASKS.values() for kind in task.heads if task.name != "distil" and not task.samples
+]
+"""Tasks whose answers are drawn need a grader: test_reinforce.py; another needs a teacher: test_distil.py."""
 FIRST = {kind: (task, kind) for task, kind in reversed(EVERY)}
 """One task of each kind of model."""
 USUAL = dict(reversed(EVERY))

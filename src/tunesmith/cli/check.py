@@ -189,6 +189,7 @@ def plan(
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
     grader: options.Grader = None,
+    teacher: options.Teacher = None,
     fast: options.Fast = False,
     recipe: options.RecipeFile = None,
     settings: options.Settings = None,
@@ -212,6 +213,7 @@ def plan(
     # A plan says what does not fit, and what would.
     words = {"task": task, "method.name": method, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "reinforce.grader": grader}
+    words["distil.teacher"] = teacher
     settings = [*(settings or []), "memory=warn"]
     wanted = build_recipe(
         "plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast, root=root

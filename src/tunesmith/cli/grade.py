@@ -36,7 +36,7 @@ def grade(
         str, typer.Argument(metavar="DATA", help="Rows with prompt or messages, and what the grader reads.")
     ],
     grader: Annotated[
-        str, typer.Option(metavar="GRADER", help="file.py, file.py:FUNCTION, or a grader in .json or .yaml.")
+        str, typer.Option(metavar="GRADER", help="file.py, file.py:FUNCTION, a grader in .json or .yaml, or run:RUN.")
     ],
     model: Annotated[
         str | None, typer.Option(metavar="RUN|MODEL", help="Grade answers of this run or model, too.")
@@ -83,7 +83,7 @@ def grade(
         say(f"{num:,} of {plural(len(every), 'row')} are taken, evenly over the file (--rows)")
     how = {"num": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
     drawing = None if model is None else _Drawing(named(model, root), root, offline, seed, how)
-    graded = _graded(loaded, prompts, drawing, say)
+    graded = _graded(loaded, prompts, drawing, say, root=root, offline=offline)
     judged = _show(
         prompts, graded, passes, page, say, {"data": data, "grader": grader, "target": model}, as_json=as_json
     )
@@ -119,14 +119,27 @@ def _given(data: str, grader: str, model: str | None, offline: bool) -> tuple[An
     return loaded, every
 
 
-def _graded(grader: Any, prompts: Sequence[Prompt], drawing: _Drawing | None, say: Say) -> list[Graded]:
+def _scorer(root: Path, offline: bool) -> Callable[[Any], Any]:
+    """The function that loads a reward run, only where there is one."""
+
+    def scorer_of(part: Any) -> Any:
+        from tunesmith.inference.reward_scores import RewardScorer
+
+        return RewardScorer(part, root=root, offline=offline)
+
+    return scorer_of
+
+
+def _graded(
+    grader: Any, prompts: Sequence[Prompt], drawing: _Drawing | None, say: Say, *, root: Path, offline: bool
+) -> list[Graded]:
     from tunesmith.cli.display import phases
     from tunesmith.graders.pool import Pool
     from tunesmith.graders.trial import grade_all, played
 
     if drawing is not None:
         refuse_missing(drawing.model, drawing.root, offline=drawing.offline)
-    with Pool(grader) as pool, phases(console(stderr=True), WORDS) as tick:
+    with Pool(grader, scorer_of=_scorer(root, offline)) as pool, phases(console(stderr=True), WORDS) as tick:
         if any(child.closes_network and not child.offline for child in pool.children.values()):
             say("note: this system lets no ordinary program close its network, so the grader's code has one")
         answers = [*played(prompts)]

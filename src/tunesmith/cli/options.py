@@ -63,7 +63,12 @@ Settings = Annotated[
 
 Grader = Annotated[
     str | None,
-    typer.Option(metavar="GRADER", help="Task reinforce: file.py, file.py:FUNCTION, or a grader in .json or .yaml."),
+    typer.Option(
+        metavar="GRADER", help="Task reinforce: file.py, file.py:FUNCTION, a grader in .json or .yaml, or run:RUN."
+    ),
+]
+Teacher = Annotated[
+    str | None, typer.Option(metavar="RUN|MODEL", help="Task distil: the model to learn from, of the same vocabulary.")
 ]
 Track = Annotated[
     list[str] | None,
@@ -120,6 +125,7 @@ OPTIONS = {
     "train.rows_per_step": "--batch-size",
     "method.rank": "--rank",
     "reinforce.grader": "--grader",
+    "distil.teacher": "--teacher",
 }
 """Keys of the recipe that have an option of their own."""
 FAST = ("evaluation.samples=0", "evaluation.general=false", "evaluation.surprising=0")

@@ -37,6 +37,7 @@ def train(
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
     grader: options.Grader = None,
+    teacher: options.Teacher = None,
     fast: options.Fast = False,
     export: Annotated[
         list[str] | None,
@@ -74,6 +75,7 @@ def train(
     """
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track, "reinforce.grader": grader}
+    words["distil.teacher"] = teacher
     wanted = build_recipe(
         "train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast, root=root
     )

@@ -204,6 +204,7 @@ class RowStore:
             values=self.branches.values(index),
             keys=self.branches.keys(index),
             images=self.images_at(index),
+            values_NC=None if self.learnt.teacher is None else self.learnt.teacher.values(index),
         )
 
     def images_at(self, index: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Targets of encoded rows besides their tokens: labels, masks, partners, references.
 
-This is the one place that writes into a `RowStore`, and it does so before training: `write_targets` once rows
-are encoded and options are decided, `write_reference` once the model of step 1 has read them. Others only read.
+This is the one place that writes into a `RowStore`, and it does so before training: `write_targets` once rows are
+encoded and options are decided, `write_reference` once the model of step 1 has read them, `write_teacher` once a
+teacher has. Others only read.
 """
 
 # I rows, K branches
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.teacher_rows import TeacherRows
 from tunesmith.types import Labels
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class RowTargets:
     """Most tokens of a prompt and its partner's answer."""
     reference_IK: NDArray[np.float64] | None = None
     """The log-probability of each branch's trained tokens under the model of step 1, then of the partner's."""
+    teacher: TeacherRows | None = None
+    """Tokens that a teacher finds likely at each target."""
 
 
 def write_targets(
@@ -60,6 +64,14 @@ def write_reference(store: RowStore, rows_I: NDArray[np.int64], values_IK: NDArr
     reference_IK = np.full((len(store), values_IK.shape[1]), np.nan) if before_IK is None else before_IK.copy()
     reference_IK[rows_I] = values_IK
     store.learn(replace(store.learnt, reference_IK=reference_IK))
+
+
+def write_teacher(store: RowStore, rows_I: NDArray[np.int64], values_MC: NDArray[np.float32]) -> None:
+    """Write what a teacher finds likely at the targets of these rows, which come one row after another."""
+    counts_I = store.targets[rows_I].astype(np.int64)
+    starts_I = np.full(len(store), -1, np.int64)
+    starts_I[rows_I] = np.cumsum(counts_I) - counts_I
+    store.learn(replace(store.learnt, teacher=TeacherRows(values_MC, starts_I, store.targets)))
 
 
 def partners_of(

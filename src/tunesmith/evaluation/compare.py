@@ -59,6 +59,7 @@ CONSTANT_METRICS: Mapping[RowKind, tuple[str, ...]] = {
     "ranks": ("recall_1", "recall_10", "mrr_10", "ndcg_10"),
     "similarities": (),
     "graded": (),
+    "taught": (),
 }
 """Metrics of an answer that is always the same, the one that the commonest answer is best at first."""
 
@@ -196,10 +197,10 @@ def _gain(kind: RowKind, was: RowResult, now: RowResult) -> float:
     """Gain of B on a row, 0 for a tie: by what is right, then by the probability that B gives it."""
     if kind == "similarities":  # all rows together have one loss
         return 0.0
-    if kind not in ("tokens", "numbers", "graded"):
+    if kind not in ("tokens", "numbers", "graded", "taught"):
         return (num_right(now) - num_right(was)) * (1 + sureness(now))
     gain = float(was["loss"] - now["loss"])  # of the whole row, so that models with other tokens compare
-    if kind == "graded":
+    if kind in ("graded", "taught"):
         return gain
     if kind == "tokens":
         return 0.0 if abs(gain) < TIE_NATS * max(was["count"], now["count"]) else gain

@@ -148,6 +148,12 @@ METRICS: Mapping[str, MetricInfo] = {
     "repeated": MetricInfo(
         "repeated", "percent", "lower", "Answers with a phrase of four words more than three times."
     ),
+    "agreement": MetricInfo(
+        "agreement", "percent", "higher", "Targets at which the teacher's likeliest token is the model's."
+    ),
+    "answer_loss": MetricInfo(
+        "loss of the rows' answers", "number", "neither", "Mean loss of the rows' tokens, in nats."
+    ),
     "alike": MetricInfo("alike", "percent", "neither", "Answers equal to another one to the same prompt."),
     "reward_mean": MetricInfo("mean reward", "number", "neither", "Mean reward of all answers."),
     "win_rate": MetricInfo("win rate", "percent", "higher", "Answers that a judge prefers to those before; ties half."),
@@ -173,6 +179,7 @@ HEAD_METRICS: Mapping[str, tuple[str, ...]] = {
     "pairs": ("loss", "preference_accuracy", "margin"),
     "rewards": ("loss", "preference_accuracy", "margin", "calibration_error"),
     "graded": (REWARD_KEY, "pass_1", "loss"),
+    "taught": ("loss", "agreement", "answer_loss"),
     "lists": ("loss", "recall_1", "mrr_10", "ndcg_10", "spearman"),
     "vectors": ("loss", "recall_1", "recall_10", "mrr_10", "ndcg_10", "spearman"),
 }

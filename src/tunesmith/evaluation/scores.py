@@ -30,7 +30,7 @@ Constant = str | float | list[str]
 """One answer to every row: a class or tag, a number, or the classes that hold."""
 RowKind = Literal[
     "tokens", "classes", "sets", "numbers", "tags", "pairs", "answers", "rewards", "ranks", "similarities",
-    "graded",
+    "graded", "taught",
 ]  # fmt: skip
 MEASURED_ROWS = "the rows measured"
 OVER_CLASSES = ("label_accuracy", "macro_f1")
@@ -106,6 +106,7 @@ def kind_of(row: RowResult) -> RowKind:
 _MARKS: Mapping[str, RowKind] = {
     "correct": "tokens", "rewards": "rewards", "wanted": "answers", "logps": "pairs", "rank": "ranks",
     "similarity": "similarities", "value": "numbers", "tags": "tags", graded_scores.MARK: "graded",
+    "agreed": "taught",
 }  # fmt: skip
 """Keys of which the first one that a row has says its kind."""
 
@@ -181,6 +182,12 @@ def _token_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: boo
         num_bytes_I = np.array([row.get("bytes", 0) for row in rows])
         statistics["bits_per_byte"] = ratio(column(rows, "loss") / math.log(2), num_bytes_I)
     return statistics
+
+
+def _taught_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
+    """The loss is the divergence from a teacher; next to it where both agree, and what the rows' tokens lose."""
+    names = (("agreement", "agreed"), ("answer_loss", "answers"))
+    return {key: ratio(column(rows, name), column(rows, "count")) for key, name in names}
 
 
 def _class_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete: bool) -> dict[str, Statistic]:
@@ -301,6 +308,7 @@ _STATISTICS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str], bool
     "ranks": branch_scores.rank_statistics,
     "similarities": branch_scores.similarity_statistics,
     "graded": graded_scores.graded_statistics,
+    "taught": _taught_statistics,
 }
 
 
@@ -364,6 +372,7 @@ _DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], JsonOb
     "ranks": branch_scores.rank_details,
     "similarities": _number_details,
     "graded": graded_scores.graded_details,
+    "taught": lambda rows, _: {},
 }
 
 

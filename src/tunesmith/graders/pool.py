@@ -7,16 +7,18 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tunesmith.environment import num_cpus
+from tunesmith.errors import InputError
 from tunesmith.graders import formula, judge, schema, texts
 from tunesmith.graders.children import Children
 from tunesmith.graders.grade import Answer, Grade, GradeError
+from tunesmith.graders.templates import render
 
 JUDGED_AT_ONCE = 8
 MOST_REWARD = 1e30
@@ -26,15 +28,33 @@ IN_CHILDREN = (schema.Function, schema.Python, schema.UnitTests, schema.Regex, s
 """Code, and what a regular expression can keep busy for ever."""
 
 
+class Scorer(Protocol):
+    """Grades answers in this process, see `schema.RewardRun`."""
+
+    identity: Mapping[str, str]
+    """Hashes of all that its numbers follow from."""
+
+    def __call__(self, item: Mapping[str, Any], text: str, /) -> float: ...
+
+
+def _no_scorer(part: schema.RewardRun) -> Scorer:
+    raise InputError(f"reward_run: {part.run}: runs grade in `train` and `grade` only.")
+
+
 class Pool:
     """Grades answers by a grader; a context manager, at whose end no process is left.
 
     `kept`: grades by the digest of all they follow from, which are not made again: given by whoever keeps them
-    for longer. Raises InputError for a grader that cannot be loaded.
+    for longer. `scorer_of` loads a reward run. Raises InputError for a grader that cannot be loaded.
     """
 
     def __init__(
-        self, grader: Any, *, at_once: int | None = None, kept: MutableMapping[str, Grade] | None = None
+        self,
+        grader: Any,
+        *,
+        at_once: int | None = None,
+        kept: MutableMapping[str, Grade] | None = None,
+        scorer_of: Callable[[schema.RewardRun], Scorer] = _no_scorer,
     ) -> None:
         self.grader = grader
         self._parts = schema.parts_of(grader)
@@ -51,16 +71,20 @@ class Pool:
         has_judge = any(isinstance(part, schema.ScoreModel) for part in self._parts.values())
         self._threads = ThreadPoolExecutor(at_once or (JUDGED_AT_ONCE if has_judge else max(1, num_cpus() - 1)))
         self.children: dict[str, Children] = {}
+        self._scorers: dict[str, Scorer] = {}
         try:
             for name, part in self._parts.items():
+                if isinstance(part, schema.RewardRun):
+                    self._scorers[name] = scorer_of(part)
                 if isinstance(part, IN_CHILDREN):
                     self.children[name] = Children(part)
         except BaseException:
             self.close()
             raise
         files = {name: sorted(child.files.values()) for name, child in self.children.items()}
-        self.identity = _digest([without_places(grader.model_dump(mode="json")), files])
-        """SHA-256 of the grader and of the files of its code, wherever these are."""
+        runs = {name: dict(scorer.identity) for name, scorer in self._scorers.items()}
+        self.identity = _digest([without_places(grader.model_dump(mode="json")), files, *([runs] if runs else [])])
+        """SHA-256 of the grader, of the files of its code and of its reward runs, wherever these are."""
 
     def __enter__(self) -> Pool:
         return self
@@ -114,6 +138,8 @@ class Pool:
     ) -> tuple[float, Mapping[str, float]]:
         if isinstance(part, schema.ScoreModel):
             return judge.ask(part, sample, item), {}
+        if isinstance(part, schema.RewardRun):
+            return self._scorers[name](item, render(part.input, sample, item)), {}
         if name not in self.children:
             return texts.grade_text(part, sample, item), {}
         if isinstance(part, schema.UnitTests):
@@ -125,10 +151,11 @@ class Pool:
 
 
 def without_places(value: Any) -> Any:
-    """A grader as JSON, without the paths of its files."""
+    """A grader as JSON, without the paths of its files and runs."""
     if not isinstance(value, dict):
         return value
-    return {key: without_places(part) for key, part in value.items() if not (key == "file" and "function" in value)}
+    place = {"function": "file", "reward_run": "run"}.get(str(value.get("type")))
+    return {key: without_places(part) for key, part in value.items() if key != place}
 
 
 def _digest(value: Any) -> str:

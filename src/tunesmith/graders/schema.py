@@ -19,10 +19,9 @@ GRADER_SECONDS, JUDGE_SECONDS, MEMORY_GIB = 60.0, 120.0, 2.0
 MOST_SOURCE = 256 * 1024
 """Bytes of a Python grader's text."""
 _WORDS_OF_CORPUS = "it needs {what}. Take rouge_l, bleu or fuzzy_match, or compute it in a `python` grader."
+RUN_PREFIX = "run:"
 REFUSED = {
     "label_model": "a judge that gives classes is not offered. Let a `score_model` grader give a number.",
-    "reward_run": "a run of task reward is not offered as a grader. Serve it with `tunesmith serve RUN`, and let a "
-    "`function` grader ask its /v1/classify.",
 }
 """Types that are known and not offered."""
 
@@ -201,8 +200,25 @@ class JsonSchema(_Limited):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+class RewardRun(_Grader):
+    type: Literal["reward_run"]
+    run: str = Field(min_length=1)
+    """A run of task reward: its name in the folder of runs, or its own folder."""
+    input: str = "{{sample.output_text}}"
+
+
 Single = Annotated[
-    StringCheck | TextSimilarity | Python | Function | UnitTests | ScoreModel | Regex | Number | Length | JsonSchema,
+    StringCheck
+    | TextSimilarity
+    | Python
+    | Function
+    | UnitTests
+    | ScoreModel
+    | Regex
+    | Number
+    | Length
+    | JsonSchema
+    | RewardRun,
     Field(discriminator="type"),
 ]
 """A grader that is not made of others."""
@@ -248,13 +264,15 @@ def parts_of(grader: Any) -> dict[str, Any]:
 
 
 def load(word: str) -> Any:
-    """The grader that `--grader` names: file.py[:function], or a .json or .yaml file. Raises InputError."""
-    if word.startswith("run:"):
-        raise InputError(f"--grader: {word}: {REFUSED['reward_run']}")
+    """The grader that `--grader` names: file.py[:function], a .json or .yaml file, or run:RUN. Raises InputError."""
+    if word.startswith(RUN_PREFIX):
+        return from_value({"type": "reward_run", "run": word.removeprefix(RUN_PREFIX)}, place=f"--grader: {word}")
     path, _, name = word.partition(":") if not Path(word).exists() else (word, "", "")
     file = Path(path).expanduser()
     if file.suffix not in (".py", ".json", ".yaml", ".yml"):
-        raise InputError(f"--grader: {word}: takes file.py, file.py:FUNCTION, or a grader in a .json or .yaml file.")
+        raise InputError(
+            f"--grader: {word}: takes file.py, file.py:FUNCTION, a grader in a .json or .yaml file, or run:RUN."
+        )
     if not file.is_file():
         raise InputError(f"--grader: {path}: there is no such file.{near_file(path)}")
     if file.suffix == ".py":
@@ -311,7 +329,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
 
 _TYPES = (
     "string_check", "text_similarity", "python", "function", "unit_tests", "score_model", "regex", "number", "length",
-    "json_schema", "multi",
+    "json_schema", "reward_run", "multi",
 )  # fmt: skip
 
 

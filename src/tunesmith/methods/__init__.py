@@ -165,7 +165,8 @@ def attach(
         return method.attach(model, recipe.method, seed=recipe.seed)
     # Masked words become any other at random; some optimizers' updates of a row depend on all rows.
     is_known = store is not None and head != "masked_token" and OPTIMIZERS[recipe.optim.name].spares_zeros
-    is_known = is_known and recipe.reinforce.grader is None  # a drawn answer may have any token
+    draws = recipe.reinforce.grader is not None or recipe.distil.on_policy
+    is_known = is_known and not draws  # a drawn answer may have any token
     tokens: Sequence[int] | None = store.tokens.tolist() if store is not None and is_known else None
     if tokens is not None and head != "next_token":  # no padding precedes a token predicted from the left
         tokens = sorted({*tokens, pad_id})

@@ -18,7 +18,7 @@ where the output layer as the model's config describes it gives the model's own 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -43,6 +43,9 @@ CHUNK_BYTES_TRAINED = 64 * 2**20
 CHUNK_TARGETS = 128
 """At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets."""
 LOSS_PROBE_TOKENS = 8
+OfPiece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(logits [N, V] of a piece of the targets, float32, which may be written over; which targets these are) → (the loss of
+each, the gradient by the logits)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,15 @@ class OutputLayer:
         self, hidden_ND: Tensor, targets_N: Tensor, *, smoothing: float, z: float, losses: list[Tensor] | None = None
     ) -> Tensor:
         """The sum of the targets' losses, a float32 scalar. `losses`: gets each target's loss appended, [N]."""
-        weight, bias = self.layer.weight, self.layer.bias
-        out, losses_N = _LossSum.apply(hidden_ND, weight, bias, targets_N, self, smoothing, z)  # type: ignore[no-untyped-call]
+
+        def of_piece(logits_NV: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+            return _losses_and_gradient(logits_NV, targets_N[here], smoothing=smoothing, z=z)
+
+        return self.sum_of(hidden_ND, of_piece, losses=losses)
+
+    def sum_of(self, hidden_ND: Tensor, of_piece: OfPiece, *, losses: list[Tensor] | None = None) -> Tensor:
+        """The sum of any losses of the targets that follow from their logits, see `OfPiece`."""
+        out, losses_N = _LossSum.apply(hidden_ND, self.layer.weight, self.layer.bias, self, of_piece)  # type: ignore[no-untyped-call]
         if losses is not None:
             losses.append(losses_N)
         return out  # type: ignore[no-any-return]
@@ -153,19 +163,17 @@ class _LossSum(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        targets_N: Tensor,
         output: OutputLayer,
-        smoothing: float,
-        z: float,
+        of_piece: OfPiece,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        total, found_N = hidden_ND.new_zeros((), dtype=wide), hidden_ND.new_empty(len(targets_N), dtype=wide)
+        total, found_N = hidden_ND.new_zeros((), dtype=wide), hidden_ND.new_empty(len(hidden_ND), dtype=wide)
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         gweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
         gbias_V = weight_VD.new_zeros(len(weight_VD), dtype=wide) if needs_bias else None
-        for here in output.chunks(len(targets_N), trained=needs_weight):
-            losses_N, glogits_NV = _of_chunk(hidden_ND[here], targets_N[here], output, smoothing=smoothing, z=z)
+        for here in output.chunks(len(hidden_ND), trained=needs_weight):
+            losses_N, glogits_NV = _of_chunk(hidden_ND[here], here, output, of_piece)
             total += losses_N.sum()
             found_N[here] = losses_N
             if not (needs_hidden or needs_weight or needs_bias):
@@ -188,7 +196,7 @@ class _LossSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         found = (None if saved is None else _times(saved, grad).to(ctx.dtype) for saved in ctx.saved_tensors)
-        return *found, None, None, None, None
+        return *found, None, None
 
 
 class _LogProbs(torch.autograd.Function):
@@ -207,10 +215,12 @@ class _LogProbs(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         found_N = hidden_ND.new_empty(len(targets_N), dtype=wide)
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden and not any(needs_layer) else None
+
+        def of_piece(logits_NV: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+            return _losses_and_gradient(logits_NV, targets_N[here], smoothing=0, z=0)
+
         for here in output.chunks(len(targets_N), trained=False):
-            losses_N, glogits_NV = _of_chunk(
-                hidden_ND[here], targets_N[here], output, smoothing=0, z=0, temperature=temperature
-            )
+            losses_N, glogits_NV = _of_chunk(hidden_ND[here], here, output, of_piece, temperature=temperature)
             found_N[here] = -losses_N
             if ghidden_ND is not None:
                 torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
@@ -260,14 +270,15 @@ def _times(saved: Tensor, factor: Tensor) -> Tensor:
 
 
 def _of_chunk(
-    hidden_ND: Tensor, targets_N: Tensor, output: OutputLayer, *, smoothing: float, z: float, temperature: float = 1.0
+    hidden_ND: Tensor, here: slice, output: OutputLayer, of_piece: OfPiece, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """[N], the losses, and [N, V], the gradient of the linear layer's output, in `hidden_ND`'s precision."""
+    """[N], the losses of the targets `here`, and [N, V], the gradient of the linear layer's output, in `hidden_ND`'s
+    precision."""
     logits_NV = output.logits(hidden_ND)
     capped_NV = None if output.cap is None else logits_NV
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=capped_NV is not None)
     logits_NV = logits_NV if temperature == 1 else logits_NV / temperature
-    losses_N, glogits_NV = _losses_and_gradient(logits_NV, targets_N, smoothing=smoothing, z=z)
+    losses_N, glogits_NV = of_piece(logits_NV, here)
     glogits_NV = glogits_NV if temperature == 1 else glogits_NV / temperature
     return losses_N, _before_scale(glogits_NV.to(hidden_ND.dtype), capped_NV, output)
 

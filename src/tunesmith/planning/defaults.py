@@ -31,6 +31,7 @@ from tunesmith.planning.decisions import Decisions
 from tunesmith.recipe.methods import FullMethod, LoraMethod, MethodOptions, OptionGroup
 from tunesmith.recipe.schema import Data, EvaluationOptions, Loss, Optim, Recipe, Train, resolved
 from tunesmith.tasks import TASKS, has_prepass
+from tunesmith.tasks.distil import task_by_teacher
 from tunesmith.tasks.reinforce import epochs_of, task_by_grader
 from tunesmith.tasks.task import Task
 from tunesmith.tasks.texts import CHAT, GENERATE
@@ -107,8 +108,9 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
         if decisions.is_open(key):
             decisions.decide(rule())
 
-    if by_grader := task_by_grader(recipe.task, recipe.reinforce.grader):
-        decisions.decide(by_grader)
+    by_grader = task_by_grader(recipe.task, recipe.reinforce.grader)
+    if by_option := by_grader or task_by_teacher(recipe.task, recipe.distil.teacher):
+        decisions.decide(by_option)
         recipe = decisions.recipe
     if absent := absent_columns(recipe.data):
         raise DataError("\n".join(map(str, absent)), absent)

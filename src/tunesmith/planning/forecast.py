@@ -148,6 +148,8 @@ class Forecaster:
     device: Device
     base: int
     """Bytes that the process holds with its libraries and without a model."""
+    others: int = 0
+    """Bytes of the weights of other models, which stay on the device."""
     general_tokens: int = 0
     """Tokens of the general text; 0 if it is not measured."""
     _sizes: dict[str, tuple[Sizes, nn.Module]] = field(default_factory=dict)
@@ -196,6 +198,7 @@ class Forecaster:
                 recomputed=recomputed,
                 device=self.device,
                 base=base,
+                others=self.others,
                 answered=self._drawn_tokens(recipe.reinforce)
                 if TASKS[resolved(recipe.task)].samples
                 else self._kept_tokens(recipe.evaluation, sampler.tokens_per_pass, recomputed),

@@ -150,6 +150,8 @@ class Memory:
     optimizer: int = 0
     activations: int = 0
     logits: int = 0
+    other_models: int = 0
+    """Weights of models that grade or teach."""
     runtime: int = 0
     """Python, torch, and what they keep for themselves."""
     unused_reserve: int = 0
@@ -269,11 +271,19 @@ def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
 
 
 def peak(
-    sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Device, base: int, answered: int = 0
+    sizes: Sizes,
+    heavy: Heavy,
+    look: Load,
+    *,
+    recomputed: int,
+    device: Device,
+    base: int,
+    answered: int = 0,
+    others: int = 0,
 ) -> Memory:
     """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill passes
     where a step has too few; `recomputed`: number of layers recomputed in the backward pass; `base`: bytes
-    already in use; `answered`: tokens whose keys and values are kept for answers."""
+    already in use; `answered`: tokens whose keys and values are kept for answers; `others`: weights of other models."""
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
     if device.kind == "mps":  # torch has no attention there that forms its weights again for the backward pass
@@ -310,6 +320,7 @@ def peak(
         optimizer=sizes.optimizer,
         activations=activations,
         logits=logits,
+        other_models=others,
         runtime=base + runtime,
         unused_reserve=left if is_cpu else int(CUDA_UNUSED * tensors),
     )

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tunesmith.recipe.distillation import teacher_of
 from tunesmith.recipe.reinforcement import file_of
 from tunesmith.recipe.schema import Base, Recipe
 from tunesmith.types import JsonObject
@@ -36,6 +37,8 @@ def typed_places(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield data.template, data.template_at or data.template
     if recipe.reinforce.grader is not None:
         yield file_of(recipe.reinforce.grader), file_of(recipe.grader_at)
+    if recipe.distil.teacher is not None:
+        yield recipe.distil.teacher, teacher_of(recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,8 @@ class Origin:
         model, grader = recipe.model, recipe.reinforce.grader or ""
         file = file_of(grader)
         at = f"{self.find(file)}{grader[len(file) :]}" if grader else ""
-        return recipe.on_base(Base(model, self.base or self.find(model), self._missing(model), at))
+        teacher = self.find(recipe.distil.teacher) if recipe.distil.teacher else ""
+        return recipe.on_base(Base(model, self.base or self.find(model), self._missing(model), at, teacher))
 
     def _missing(self, model: str) -> str:
         """The message for a base that is not found."""
@@ -106,4 +110,5 @@ def moved_to(recipe: Recipe) -> Recipe:
     }
     data = data.model_copy(update={**sides, "template": data.template_at})
     reinforce = recipe.reinforce.model_copy(update={"grader": recipe.grader_at or None})
-    return recipe.model_copy(update={"data": data, "model": recipe.place, "reinforce": reinforce})
+    distil = recipe.distil.model_copy(update={"teacher": teacher_of(recipe) or None})
+    return recipe.model_copy(update={"data": data, "model": recipe.place, "reinforce": reinforce, "distil": distil})

@@ -28,8 +28,8 @@ class Reinforce(OptionGroup):
     """Task reinforce: answers are drawn, graded and made likelier or less likely, see docs/guide/reinforce.md."""
 
     grader: str | None = None
-    """Rule that says how good an answer is: file.py, file.py:FUNCTION, or a grader in .json or .yaml. Try it first:
-    tunesmith grade."""
+    """Rule that says how good an answer is: file.py, file.py:FUNCTION, a grader in .json or .yaml, or run:RUN, a run of
+    task reward. Try it first: tunesmith grade."""
     samples: Annotated[int, Field(ge=2, le=64)] = 8
     """Answers drawn to each prompt of a step: a group, whose mean reward is what each of them is compared with."""
     max_new_tokens: Positive = 256

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from tunesmith.recipe.distillation import Distil
 from tunesmith.recipe.methods import (
     Auto,
     AutoMethod,
@@ -383,7 +384,8 @@ class Base:
     missing: str = ""
     """Message if nothing is there; empty: the reader's."""
     grader: str = ""
-    """Place of the run's grader now."""
+    teacher: str = ""
+    """Places of the run's grader and teacher now."""
 
 
 class Recipe(OptionGroup):
@@ -401,8 +403,9 @@ class Recipe(OptionGroup):
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
     task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
     """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of
-    texts, a tag for each word, the better of two answers, a number for an answer, what a grader rewards, vectors
-    of texts, or a score for a document. auto: detected from the rows, but for reinforce."""
+    texts, a tag for each word, the better of two answers, a number for an answer, what a grader rewards, what a
+    teacher finds likely, vectors of texts, or a score for a document. auto: detected from the rows, but for
+    reinforce and distil."""
     method: MethodOptions = AutoMethod()
     """Method of training: LoRA and its relatives, or full fine-tuning."""
     data: Data = Data()
@@ -411,6 +414,7 @@ class Recipe(OptionGroup):
     prefer: Prefer = Prefer()
     reward: Reward = Reward()
     reinforce: Reinforce = Reinforce()
+    distil: Distil = Distil()
     embed: Embed = Embed()
     ranking: Rank = Rank()
     train: Train = Train()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.data.formats import SHAPES
 from tunesmith.recipe.schema import Loss, Recipe, resolved
+from tunesmith.tasks.distil import DISTIL
 from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.prefer import PREFER
 from tunesmith.tasks.reinforce import REINFORCE
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
 
 TASKS: dict[TaskName, Task] = {
-    task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD, REINFORCE, EMBED, RANK)
+    task.name: task
+    for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD, REINFORCE, DISTIL, EMBED, RANK)
 }
 """By name. `bind` gives a task its losses before it is trained."""
 
@@ -54,6 +56,7 @@ def bind(
     output: OutputLayer | None = None,
     *,
     recipe: Recipe | None = None,
+    vocabulary: int = 0,
 ) -> BoundTask:
     """The task as it is trained, see `Terms`. `recipe`: for the options of a task that has a
     section of its own; None: their defaults.
@@ -61,4 +64,4 @@ def bind(
     Raises:
         RecipeError: what `loss` adds is not defined for such labels.
     """
-    return BoundTask.of(TASKS[name], Terms(labels, loss, output, recipe or Recipe()))
+    return BoundTask.of(TASKS[name], Terms(labels, loss, output, recipe or Recipe(), vocabulary))

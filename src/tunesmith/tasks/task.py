@@ -61,6 +61,8 @@ class Terms:
     """The output layer of a model that learns tokens, if losses can be computed in pieces."""
     recipe: Recipe = field(default_factory=Recipe)
     """Has the section of a task with options of its own."""
+    vocabulary: int = 0
+    """Tokens of the tokenizer, beyond which a model may have more for padding."""
 
 
 @dataclass(frozen=True, slots=True)

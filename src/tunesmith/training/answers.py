@@ -30,6 +30,8 @@ def prompts_of(setup: Setup, name: str) -> list[SamplePrompt]:
 def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, total: None) -> Continuation | None:
     """Writes answers while rows are measured; None where that cannot be: rows are padded, or layers are split,
     so that every rank has to take part in every pass, or rows have branches, which are measured apart."""
+    if setup.teacher is not None:  # rows are measured by what it finds, a row at a time
+        return None
     prompts, is_packed = prompts_of(setup, name), setup.sampler.layout == "packed"
     if not prompts or not is_packed or setup.world.is_sharded or setup.rows.held_store.branches.has_any:
         return None

@@ -88,6 +88,8 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
     else:
         outcomes = _outcomes(session, setup.held_collator, rows_I, "evaluate", writing)
         num_targets = len(outcomes.results) or sum(len(targets) for targets in outcomes.targets)
+        if setup.teacher is not None:  # of its rows each token is a target
+            num_targets = round(outcomes.counts_I.sum())
         results = row_results(setup.head, labels, outcomes, setup.rows.held_store.hashes[rows_I])
     hashes_I = setup.rows.held_store.hashes[rows_I]
     measures, details = score(

@@ -14,6 +14,10 @@ OF_ANSWERS = (
     "memory and time are foreseen for answers of {:,} tokens each (reinforce.max_new_tokens) that share nothing: "
     "shorter ones, and prompts that are computed once, take less; the time of the grader is not in it"
 )
+ON_POLICY = (
+    "memory and time are foreseen for the rows as they are and for the teacher's weights: what drawing answers and "
+    "having them read takes (distil.on_policy) is not in it"
+)
 STREAMS = {"cpu": 128}
 STREAMS_ON_CARD = 256
 

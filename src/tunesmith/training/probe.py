@@ -40,6 +40,7 @@ from tunesmith.training.answers import continuation
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.summary import length_histogram
+from tunesmith.training.teacher import stand_in
 from tunesmith.types import JsonObject, OnProgress
 
 STEP_SPREAD = 0.3
@@ -189,6 +190,7 @@ def measure(setup: Setup, folder: Path, result: Found) -> Iterator[None]:
 
     Raises what a run would: OutOfMemoryError, NonFiniteError, StorageError.
     """
+    stand_in(setup.teacher, setup.rows, int(setup.rows.store.lengths.max()))
     yield from _take_steps(setup, result)
     if (rows := _measure_rows(setup)) is not None:
         result.work["measuring"] = rows

@@ -21,6 +21,8 @@ from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.evaluation.scores import labels_headline
+from tunesmith.graders import schema as graders
+from tunesmith.inference.reward_scores import weights_of, weights_of_any
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.phrases import percent
@@ -40,13 +42,15 @@ from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.memory import TORCH_DTYPES
+from tunesmith.recipe.distillation import teacher_of
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
+from tunesmith.tasks.distil import DISTIL
 from tunesmith.training.inputs import Inputs, find_inputs
-from tunesmith.training.planned_answers import OF_ANSWERS, as_answers, streams_of
+from tunesmith.training.planned_answers import OF_ANSWERS, ON_POLICY, as_answers, streams_of
 from tunesmith.training.seeing import decide_seeing
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.types import Aside, Choice, HeadName, JsonObject, Layout, OnProgress
@@ -72,6 +76,9 @@ class ResolvedRun:
     """Options that the recipe gave, where they differ from the defaults."""
     forecast: Forecast | None
     """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
+    root: Path
+    """The folder of runs."""
+    offline: bool
 
 
 def resolve_run(
@@ -119,20 +126,19 @@ def resolve_run(
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
-        notes = rate_notes(recipe, facts)
+        notes, other_models = rate_notes(recipe, facts), other_weights(recipe, root, offline=offline)
         with _forecasting(notes):
             device = device or _device_here(notes, recipe, world, apart=apart)
             folder = root if is_here else None
-            forecast = _forecast(
-                decisions, inputs, rows, device=device, folder=folder, free_tokens=free_tokens, notes=notes
-            )
+            told: dict[str, Any] = {"notes": notes, "other_models": other_models}
+            forecast = _forecast(decisions, inputs, rows, device=device, folder=folder, free_tokens=free_tokens, **told)
         on_progress("plan", 1, 1)
     for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what forecasts decide
         if decisions.is_open(key):
             decisions.set(key, value)
     # 5. One recipe.
     choices = [choice for choice in decisions.choices if is_here or choice.key not in ("device", "threads")]
-    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast)
+    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast, root, offline)
 
 
 def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, *, seed: int, reinforce: Reinforce) -> Facts:
@@ -174,6 +180,8 @@ def _on_devices(decisions: Decisions, world: World) -> int:
     if world.size > 1:
         if recipe.reinforce.grader is not None or (recipe.task != "auto" and TASKS[recipe.task].samples):
             raise RecipeError(f"devices: {world.size}: task reinforce trains on one device. Start one process.")
+        if recipe.distil.teacher is not None or recipe.task == DISTIL.name:
+            raise RecipeError(f"devices: {world.size}: task distil trains on one device. Start one process.")
         decisions.set("devices", world.size)
         return world.place.local_size
     if decisions.is_open("devices"):
@@ -223,14 +231,16 @@ def _forecast(
     folder: Path | None,
     free_tokens: bool,
     notes: list[str],
+    other_models: int,
 ) -> Forecast:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; where it raises
     anything, nothing is decided, but `notes` may have got some. `folder`: see `_saving`. `free_tokens`: whether
-    memory may decide train.tokens_per_pass."""
+    memory may decide train.tokens_per_pass; `other_models`: bytes of their weights."""
     recipe = decisions.folded()
     if rows.is_prompts:
         rows = as_answers(rows, recipe.reinforce)
         notes.append(Aside(OF_ANSWERS.format(recipe.reinforce.max_new_tokens)))
+    notes += [Aside(ON_POLICY)] if recipe.distil.on_policy else []
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
@@ -246,6 +256,7 @@ def _forecast(
         sampler_of=partial(_steps_of, inputs=inputs, rows=rows, kind=device.kind, size=size),
         device=device,
         base=resident_bytes(),
+        others=other_models,
         general_tokens=sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if speaks else 0,
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
@@ -285,6 +296,17 @@ def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool)
     notes.extend(filter(None, [device.in_use, _unlike(world)]))
     room = devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
     return replace(device, room=min((int(rank["room"]) for rank in world.joined), default=room))
+
+
+def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
+    """Bytes of the weights of other models that are in memory with the one that is trained: of reward runs, and of a
+    teacher. Raises InputError for a grader that names no run, and ModelError for a teacher that is not there."""
+    num_bytes = 0
+    if recipe.reinforce.grader is not None:
+        num_bytes += weights_of(graders.load(recipe.grader_at), root, offline=offline)
+    if recipe.distil.teacher is not None:
+        num_bytes += weights_of_any(teacher_of(recipe), root, offline=offline)
+    return num_bytes
 
 
 def _saving(steps: int, forecast: Forecast, folder: Path | None) -> Choice | None:

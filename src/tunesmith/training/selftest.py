@@ -71,6 +71,11 @@ def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
                 "task reinforce: its rows have nothing to learn before answers are drawn, and every run "
                 "compares what draws with what learns. Test the model with another task: --set task=chat"
             )
+        if setup.teacher is not None:
+            raise InputError(
+                "task distil: its rows are learnt once a teacher has read them. Test the model with another task: "
+                "--set task=chat"
+            )
         yield _packing(setup)
         if setup.samples:
             yield _templates(setup)

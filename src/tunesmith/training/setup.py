@@ -25,10 +25,9 @@ from tunesmith.errors import DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation.general import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.generation.draws import refuse_undrawable
-from tunesmith.graders import schema as graders
 from tunesmith.graders.kept import KeptGrades
-from tunesmith.graders.pool import Pool
 from tunesmith.inference.load import has_token_types
+from tunesmith.inference.reward_scores import pool_of
 from tunesmith.methods import METHODS, attach
 from tunesmith.models import attention, load, machine
 from tunesmith.models.card import prepare_allocator
@@ -54,12 +53,14 @@ from tunesmith.runs.atomic import free_bytes
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
+from tunesmith.training.distilling import taught_by
 from tunesmith.training.draw import Drawing
 from tunesmith.training.inputs import Inputs
 from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.seeing import PADDED, seeing_notes
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
+from tunesmith.training.teacher import Teacher
 from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress, Row
 
 PROBED = 3
@@ -95,6 +96,8 @@ class Setup(TrainState):
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
     drawing: Drawing | None = None
     """Draws and grades answers; None: rows have theirs."""
+    teacher: Teacher | None = None
+    """The model that rows, or drawn answers, are read by."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of data, model, tokenizer and template, and settings. An exact resume needs the same, but for
     `same_run.MAY_CHANGE`."""
@@ -189,13 +192,11 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     on_progress("load", 0, 1)
     hashes = in_background(partial(load.fingerprint, inputs.located))
     torch.set_num_threads(resolved(recipe.threads))
-    if recipe.shard is True:
-        world.connect()
     model, num_parameters = _load(recipe, inputs, rows.labels, world)
     _refuse_longer_tokenizer(model, inputs, rows)
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
-    pad = pad_id(model, inputs.renderer.tokenizer)
-    attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
+    tokenizer = inputs.renderer.tokenizer
+    attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad_id(model, tokenizer))
     kernel_notes = _use_fast_layers(model, world, kernels=recipe.kernels, device=recipe.device)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, rows, inputs, plain=recipe.kernels == "plain")
@@ -204,11 +205,11 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     output, loss_notes = _output_layer(model) if in_pieces else (None, [])
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
-    sampler = sampler_of(recipe, rows, layout, device)
-    sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
+    sampler = replace(sampler_of(recipe, rows, layout, device), part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing_choices = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
-    answers = _drawing(recipe, inputs, rows, attachment, output, shares=collator.shares)
+    answers = _drawing(plan, attachment, output, shares=collator.shares)
+    teacher, drawn_by = taught_by(plan, model, output)
     samples, prompt_notes = _samples(recipe.evaluation, inputs, rows)
     notes = [*inputs.notes, *plan.notes, *rows.notes, *far_numbers(rows), *kernel_notes, *padding_notes, *loss_notes]
     return Setup(
@@ -220,7 +221,7 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         max_tokens=inputs.size.max_tokens,
         num_parameters=num_parameters,
         renderer=inputs.renderer,
-        task=bind(resolved(recipe.task), rows.labels, recipe.loss, output, recipe=recipe),
+        task=bind(resolved(recipe.task), rows.labels, recipe.loss, output, recipe=recipe, vocabulary=len(tokenizer)),
         loss_scale=LossScale.of(resolved(recipe.precision)),
         kind=inputs.kind,
         head=inputs.head,
@@ -237,9 +238,10 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         new_head=new_head,
         given=plan.given,
         forecast=plan.forecast,
-        draw=answers,
+        draw=answers or drawn_by,
         drawing=answers,
-        identity=_identity(recipe, rows, inputs.renderer, hashes.result(), answers),
+        teacher=teacher,
+        identity=_identity(recipe, rows, inputs.renderer, hashes.result(), answers, teacher=teacher),
         world=world,
     )
 
@@ -297,6 +299,8 @@ def _resolve(
 
 def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -> tuple[PreTrainedModel, int]:
     """Load the model as the method needs its base. Returns it with its number of weights."""
+    if recipe.shard is True:
+        world.connect()
     method, device = recipe.method, world.card or recipe.device
     if allocator_note := prepare_allocator(device):
         inputs.notes.append(allocator_note)
@@ -377,11 +381,10 @@ def packed_agrees(
     return check_packing(model, kind, rows, has_types=has_types, plain=plain)
 
 
-def _drawing(
-    recipe: Recipe, inputs: Inputs, rows: Splits, attachment: Attachment, output: OutputLayer | None, *, shares: bool
-) -> Drawing | None:
+def _drawing(plan: ResolvedRun, attachment: Attachment, output: OutputLayer | None, *, shares: bool) -> Drawing | None:
     """The drawing of answers, with their grader. Raises InputError for a grader that cannot be loaded, or that names a
     field which the first row lacks."""
+    recipe, inputs, rows = plan.recipe, plan.inputs, plan.rows
     if not rows.is_prompts:
         return None
     if recipe.reinforce.kl and not attachment.keeps_base:
@@ -389,12 +392,13 @@ def _drawing(
             f"reinforce.kl: {recipe.reinforce.kl:g}: needs the untouched model, and this method changes weights of its "
             "own. Use method lora without method.also_train and data.new_tokens, or leave it out."
         )
-    word, prompts = recipe.grader_at, {store: rows.prompts(store, rows_I) for store, rows_I in rows.sides}
+    prompts = {store: rows.prompts(store, rows_I) for store, rows_I in rows.sides}
     if rows.held_store is rows.store:  # one store has both sides
         prompts = {rows.store: rows.prompts(rows.store, np.concatenate([rows.train_rows, rows.held_rows]))}
-    grader, grades = graders.load(word), KeptGrades()
-    graders.check_variables(grader, next(iter(prompts[rows.store].values())).kept)
-    return Drawing(recipe, inputs.renderer, output, shares, prompts, Pool(grader, kept=grades), grades)
+    first, grades = next(iter(prompts[rows.store].values())), KeptGrades()
+    where: dict[str, Any] = {"root": plan.root, "offline": plan.offline, "device": resolved(recipe.device)}
+    pool = pool_of(recipe.grader_at, first.kept, grades, **where)
+    return Drawing(recipe, inputs.renderer, output, shares, prompts, pool, grades)
 
 
 def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes: Sequence[str], name: str) -> None:
@@ -408,8 +412,9 @@ def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes:
 
 
 def _identity(
-    recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], answers: Drawing | None
-) -> dict[str, str]:
+    recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], answers: Drawing | None, *,
+    teacher: Teacher | None,
+) -> dict[str, str]:  # fmt: skip
     """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
     the recipe for other tasks are left out."""
     section = TASKS[resolved(recipe.task)].section
@@ -426,6 +431,7 @@ def _identity(
         "setting order of rows": f"version {sampler.ORDER_VERSION}",
         **({} if answers is None else {"grader": answers.pool.identity}),
         **({} if not rows.has_images else {"images": f"{rows.store.summary.images} {rows.held_store.summary.images}"}),
+        **({} if teacher is None else {"teacher": teacher.digest}),
     }
     return {**settings, **model, **data, **encoded}
 

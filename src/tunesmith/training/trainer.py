@@ -59,6 +59,7 @@ from tunesmith.training.setup import Setup, prepare, refuse_small_disk
 from tunesmith.training.step import rehearse
 from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.training.symptoms import symptoms
+from tunesmith.training.teacher import use_teacher
 from tunesmith.training.together import (
     DIGEST,
     broadcast,
@@ -294,6 +295,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
             session.emit("note", {"text": setup.rows.found_again, "aside": True})
         use_reference(session)
     share_reference(setup)
+    use_teacher(setup.teacher, setup.rows, run.rows_path, on_progress=session.listener.on_progress)
     if fresh:
         check_start(setup)
         check_sampler(setup)

@@ -44,6 +44,7 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "prefer": ("preference", "unpaired", *CHATS),  # of which it takes preferences, and answers all
     "reward": ("scored_answers", "preference"),
     "reinforce": ("prompts",),
+    "distil": CHATS,
     "embed": ("text_pairs",),
     "rank": ("ranked_documents",),
 }

@@ -1,0 +1,88 @@
+"""Answers graded by a run of task reward: the grader `reward_run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from tunesmith.data.formats.prompts import asked_in
+from tunesmith.data.problems import RowProblems
+from tunesmith.errors import InputError
+from tunesmith.graders import schema
+from tunesmith.graders.grade import Grade, GradeError
+from tunesmith.graders.pool import Pool
+from tunesmith.graders.schema import RewardRun, parts_of
+from tunesmith.inference.load import load_run, untuned_recipe
+from tunesmith.inference.predict import Predictor
+from tunesmith.models.resolve_model import resolve_base, resolve_model
+from tunesmith.models.size import model_size
+from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.runs.folder import Run, is_run
+from tunesmith.types import Example, Part, Problem, Record, Source
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class RewardScorer:
+    """The numbers that a run of task reward gives to answers: one at a time, so that none depends on which others are
+    graded with it. Raises what loading the run does, and InputError for a run of another task."""
+
+    def __init__(self, grader: RewardRun, *, root: Path, offline: bool = False, device: str | None = None) -> None:
+        run = reward_run(grader, root)
+        loaded = load_run(run, offline=offline, on={} if device is None else {"device": device})
+        self._predictor, self._lock = Predictor(loaded), Lock()
+        self.identity: Mapping[str, str] = loaded.identity()
+
+    def __call__(self, item: Record, text: str) -> float:
+        """The reward of an answer to the prompt of a row. Raises GradeError for one that the run cannot read."""
+        row = RowProblems(Source("", 0))
+        asked, _, tools = asked_in(item, row)
+        # Templates refuse an answer without a letter.
+        parts = (*asked, Part("assistant", text if text.strip() else " ", True))
+        example = Example(parts, Source("", 0), "prompts", tools)
+        with self._lock:
+            [line] = self._predictor([example], lambda done: None, lambda warning: None)
+        if isinstance(line, Problem):
+            raise GradeError("exception", f"the reward run cannot read it: {line.message}")
+        return float(line["reward"])
+
+
+def pool_of(
+    word: str, item: Record, kept: MutableMapping[str, Grade], *, root: Path, offline: bool, device: str
+) -> Pool:
+    """The pool of the grader that a recipe names, with its reward runs. Raises InputError for a grader that cannot be
+    loaded, or that names a field which `item`, the first row, lacks."""
+    grader = schema.load(word)
+    schema.check_variables(grader, item)
+    scorer_of = partial(RewardScorer, root=root, offline=offline, device=device)
+    return Pool(grader, kept=kept, scorer_of=scorer_of)
+
+
+def reward_run(grader: RewardRun, root: Path) -> Run:
+    """The run that a grader names. Raises InputError where there is none, or it gives no rewards."""
+    run = Run.open(grader.run, root)
+    if (task := run.recipe().task) != "reward":
+        raise InputError(f"reward_run: {grader.run}: is a run of task {task}. Name one of task reward.")
+    return run
+
+
+def weights_of(grader: Any, root: Path, *, offline: bool = False) -> int:
+    """Bytes of the weights of all reward runs of a grader, which stay in memory as long as it grades."""
+    recipes = [reward_run(part, root).recipe() for part in parts_of(grader).values() if isinstance(part, RewardRun)]
+    return sum(_bytes(recipe, offline=offline) for recipe in recipes)
+
+
+def weights_of_any(target: str, root: Path, *, offline: bool) -> int:
+    """Bytes of the weights of a run's model, or of any model as it would be loaded here."""
+    if is_run(target, root):
+        return _bytes(Run.open(target, root).recipe(), offline=offline)
+    located = resolve_model(target, offline=offline, weights=False)
+    return model_size(located).num_params * BYTES[resolved(untuned_recipe(located)[0].precision)]
+
+
+def _bytes(recipe: Recipe, *, offline: bool) -> int:
+    size = model_size(resolve_base(recipe, offline=offline, weights=False))
+    return size.num_params * BYTES[resolved(recipe.precision)]
