@@ -17,8 +17,8 @@ ROOMS = {
     "evaluation": (4_040, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
-        1_830,
-        "answers of many sequences together: serving's, those that go on from measured rows, those drawn",
+        2_180,
+        "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones",
     ),
     "graders": (
         2_400,
@@ -31,15 +31,15 @@ ROOMS = {
     "optim": (450, "optimizers and schedules"),
     "pages": (1_700, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_730, "defaults with reasons; memory, time, disk"),
-    "recipe": (1_890, "every option, declared once; files of other tools translated"),
+    "planning": (1_740, "defaults with reasons; memory, time, disk"),
+    "recipe": (1_895, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_635, "what is learnt"),
+    "tasks": (1_640, "what is learnt"),
     "summaries": (610, "what commands and pages say in the same words; nearly all of it was in cli and pages"),
     "trackers": (750, "four experiment trackers"),
-    "training": (4_850, "the loop, a run around it, and the answers that it draws"),
+    "training": (5_000, "the loop, a run around it, and the answers that it draws, for one step or several"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

@@ -380,8 +380,7 @@ def packed_agrees(
 def _drawing(
     recipe: Recipe, inputs: Inputs, rows: Splits, attachment: Attachment, output: OutputLayer | None, *, shares: bool
 ) -> Drawing | None:
-    """The drawing of answers, with their grader. Raises InputError for a grader that cannot be loaded, or that names a
-    field which the first row lacks."""
+    """The drawing of answers, with their grader. Raises InputError for a grader that cannot be loaded."""
     if not rows.is_prompts:
         return None
     if recipe.reinforce.kl and not attachment.keeps_base:
@@ -389,12 +388,12 @@ def _drawing(
             f"reinforce.kl: {recipe.reinforce.kl:g}: needs the untouched model, and this method changes weights of its "
             "own. Use method lora without method.also_train and data.new_tokens, or leave it out."
         )
-    word, prompts = recipe.grader_at, {store: rows.prompts(store, rows_I) for store, rows_I in rows.sides}
+    prompts = {store: rows.prompts(store, rows_I) for store, rows_I in rows.sides}
     if rows.held_store is rows.store:  # one store has both sides
         prompts = {rows.store: rows.prompts(rows.store, np.concatenate([rows.train_rows, rows.held_rows]))}
-    grader, grades = graders.load(word), KeptGrades()
-    graders.check_variables(grader, next(iter(prompts[rows.store].values())).kept)
-    return Drawing(recipe, inputs.renderer, output, shares, prompts, Pool(grader, kept=grades), grades)
+    grades = KeptGrades()
+    pool = Pool(graders.load(recipe.grader_at), kept=grades)
+    return Drawing(recipe, inputs.renderer, output, shares, prompts, pool, grades)
 
 
 def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes: Sequence[str], name: str) -> None:
