@@ -23,6 +23,7 @@ from benchmarks.group import add_group
 from benchmarks.measured import machine, versions
 from benchmarks.methods_command import add_methods
 from benchmarks.preferences import add_preferences
+from benchmarks.reinforce import add_reinforce
 from benchmarks.reranker import add_reranker
 from benchmarks.results import Result
 from benchmarks.rewards import add_rewards
@@ -139,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add_embeddings(verbs)
     add_methods(verbs)
     add_preferences(verbs)
+    add_reinforce(verbs)
     add_reranker(verbs)
     add_rewards(verbs)
     add_step(verbs)

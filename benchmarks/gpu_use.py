@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_models import ONE_BILLION, SMALL_135M, Bench, mixed_lengths, require
-from tunesmith.evaluation.generate import generate
 from tunesmith.export.export_run import export_run
 from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import choose_decoder
@@ -56,7 +55,7 @@ def answers(bench: Bench) -> dict[str, Any]:
     most = bench.num(NEW_TOKENS, 4)
     for turn in ("first", "second"):
         began = time.perf_counter()
-        told = generate(speaker.model, speaker.renderer, _prompts(bench.num(16, 2)), most)
+        told = speaker.writer(most).write(_prompts(bench.num(16, 2)))
         bench.synchronize()
         found[f"seconds: {turn}"] = round(time.perf_counter() - began, 3)
         require(len(told) == bench.num(16, 2), f"{len(told)} answers")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_run import tiny_recipe
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.schema import EvaluationOptions, Recipe
 
 DIGITS = """
 def grade(sample, item):
@@ -40,6 +40,7 @@ def rewarded(folder: Path, *, grader: str = DIGITS, rows: int = 12, arch: str = 
         "reinforce": {"grader": str(file), "samples": 4, "max_new_tokens": 6, "held_out_samples": 2},
         "train": {"epochs": "auto", "max_steps": 6, "rows_per_step": 3, "tokens_per_pass": 128},
         "method": {"name": "lora", "rank": 4, "alpha": 8},
+        "evaluation": {"sample_tokens": EvaluationOptions().sample_tokens},
     }
     for name, value in sections.items():
         settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,11 @@ from tiny import pair, tiny_tokenizer
 from tiny_model import TRANSLATORS, tiny_model
 from tiny_tasks import task_recipe, write
 from tunesmith.data.renderer import Renderer
-from tunesmith.evaluation import generate as generation
-from tunesmith.evaluation.generate import GeneratedAnswer, generate
+from tunesmith.errors import NonFiniteError, OutOfMemoryError
+from tunesmith.generation import padded as generation
+from tunesmith.generation.decoder import BatchedDecoder
+from tunesmith.generation.padded import GeneratedAnswer, generate
+from tunesmith.generation.writing import AnswerWriter, Writing
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training
@@ -88,9 +92,65 @@ def assert_answers_together_are_those_alone(arch: str, ask: Any) -> None:
     assert [generate(model, renderer(), [prompt], HOW)[0] for prompt in PROMPTS] == expected
 
 
+def written(model: PreTrainedModel, renderer: Any, prompts: Any, how: int) -> list[GeneratedAnswer]:
+    return AnswerWriter(model, renderer, how, tokens_per_pass=20, cache=600).write(prompts)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_answers_together_are_those_alone(arch: str) -> None:
     assert_answers_together_are_those_alone(arch, generate)
+    assert_answers_together_are_those_alone(arch, written)
+
+
+@pytest.mark.parametrize(
+    ("arch", "why"),
+    [("llama", ""), ("bart", "encoder–decoder"), ("bloom", "its attention is its own")],
+)
+def test_models_that_no_batch_runs_write_padded(arch: str, why: str) -> None:
+    writer = AnswerWriter(sharp(arch), renderer(), HOW, tokens_per_pass=1000, cache=1000)
+    assert why in writer.why_padded
+    assert bool(writer.why_padded) == bool(why)
+    heard: list[int] = []
+    expected = [generate(writer.model, renderer(), [prompt], HOW)[0] for prompt in PROMPTS]
+    assert writer.write(PROMPTS, heard.append) == expected
+    assert heard[-1] == 3
+    assert writer.write([]) == []
+    kinds = ["conv", "full_attention"]
+    recurrent = tiny_model("lfm2", vocab_size=VOCAB, layer_types=kinds, num_hidden_layers=2).eval()
+    assert "carry a state" in replace(writer, model=recurrent).why_padded
+
+
+def test_the_test_sees_answers_that_are_given_to_other_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longest first, and not put back in order."""
+    add = Writing.add
+
+    def shifted(self: Writing, key: int, prompt: Sequence[int]) -> None:
+        add(self, (key + 1) % len(PROMPTS), prompt)
+
+    monkeypatch.setattr(Writing, "add", shifted)
+    with pytest.raises(AssertionError):
+        assert_answers_together_are_those_alone("llama", written)
+
+
+def test_an_answer_that_never_fits_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: BatchedDecoder, *how: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    writer = AnswerWriter(sharp("llama"), renderer(), HOW, tokens_per_pass=1000, cache=1000)
+    assert writer.why_padded == ""
+    monkeypatch.setattr(BatchedDecoder, "step", full)
+    with pytest.raises(OutOfMemoryError, match=r"up to 8 tokens .* fewer tokens of an answer"):
+        writer.write(PROMPTS)
+
+
+def test_logits_that_are_no_numbers_are_an_error_with_a_way_out() -> None:
+    model = sharp("llama")
+    writer = AnswerWriter(model, renderer(), HOW, tokens_per_pass=1000, cache=1000)
+    assert writer.why_padded == ""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"while answers were written: .* Set precision: float32"):
+        writer.write(PROMPTS)
 
 
 def padded_on_the_other_side(model: PreTrainedModel, renderer: Any, prompts: Any, how: int) -> list[GeneratedAnswer]:

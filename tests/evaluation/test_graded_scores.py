@@ -30,7 +30,11 @@ def test_a_prompt_is_measured_by_its_rewarded_answers():
     assert found["right"] == 1
     assert found["ended"] == pytest.approx(2 / 3)
     assert found["tokens"] == 6
-    assert found["alike"] == pytest.approx(1 / 3)
+    assert found["alike"] == pytest.approx(2 / 3)
+    twice = [answer(1.0, text) for text in ("x", "y", " x", "y\n")]
+    pairs = graded_result(1, twice, 1.0)
+    assert pairs is not None
+    assert pairs["alike"] == 1.0  # each equals another one
     assert found["scores"] == {"part": 0.75}
     assert graded_result(1, [answer(None), answer(None)], 1.0) is None
 
@@ -46,6 +50,20 @@ def test_pass_k_is_the_share_of_subsets_with_a_right_answer(num, right):
     assert measures["pass_1"]["value"] == pytest.approx((right / num + 1 / 3) / 2)
     assert measures["reward"]["value"] == pytest.approx(-measures["loss"]["value"])
     assert sum(details["rewards"]["counts"]) == num + 3
+
+
+def test_pass_k_has_one_k_whatever_failed():
+    """A failed grade on one side compared pass@3 with pass@4."""
+    before = [row(i, 1.0, 0.0, 0.0, 0.0) for i in range(8)]
+    after = [row(i, 1.0, 0.0, 0.0, None if i == 0 else 0.0) for i in range(8)]
+    measures, _ = score(after)
+    assert measures["pass_k"]["value"] == 1.0
+    assert compare_rows(before, after).metrics["pass_k"].b_minus_a["value"] == 0.0
+    fewer = [row(i, 1.0, 0.0) for i in range(8)]
+    compared = compare_rows(before, fewer).metrics["pass_k"]
+    assert compared.a == pytest.approx(0.5)  # two of four answers, as the other side has
+    assert compared.b == 1.0
+    assert "pass_k" not in score([row(1, 1.0, None), row(2, None, 0.0)])[0]
 
 
 def test_before_and_after_are_compared_prompt_by_prompt():

@@ -7,9 +7,9 @@ import pytest
 
 from export.exports import SHORT, quick
 from tiny_run import chats, tiny_recipe
-from tunesmith.evaluation.generate import generate
 from tunesmith.export.export_run import TARGETS, export_run
 from tunesmith.export.target import Computing, ExportedModel, ExportOptions, TorchModel
+from tunesmith.generation.padded import generate
 from tunesmith.inference.load import make_renderer
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train

@@ -10,7 +10,7 @@ from inference.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, encoder_folder, texts
 from tunesmith.errors import InputError, ModelError
-from tunesmith.evaluation.generate import generate
+from tunesmith.generation.padded import generate
 from tunesmith.inference.load import LoadedModel, load_model
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.types import Example, Labels, Part, Problem, Source

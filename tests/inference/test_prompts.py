@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tiny_tasks import task_recipe, texts, write
-from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import GeneratedAnswer
+from tunesmith.generation.padded import GeneratedAnswer
+from tunesmith.generation.writing import AnswerWriter
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_file
@@ -37,13 +37,11 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
     setup = prepared(tmp_path, kind, data)
     asked: list[list[int]] = []
 
-    def answer(
-        model: Any, renderer: Any, prompts: Sequence[Sequence[int]], *_: Any, **__: Any
-    ) -> list[GeneratedAnswer]:
+    def answer(self: AnswerWriter, prompts: Sequence[Sequence[int]], *_: Any) -> list[GeneratedAnswer]:
         asked.extend(list(prompt) for prompt in prompts)
         return [GeneratedAnswer("x", stopped=True) for _ in prompts]
 
-    monkeypatch.setattr(generate, "generate", answer)
+    monkeypatch.setattr(AnswerWriter, "write", answer)
     speaker = LoadedModel(setup.model, setup.renderer, setup.recipe, setup.head, setup.located)
     held = setup.recipe.data.eval[0].path
     tally = predict_file(Predictor(speaker, NEW_TOKENS), held, lambda lines: None)

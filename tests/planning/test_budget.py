@@ -17,8 +17,8 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.training.resolve import resolve_run
 from tunesmith.types import Choice
 
-TOGETHER = 4 * 2048 // (100 + 1 + 64)
-"""Prompts of 100 tokens that are answered together, in the room of four passes."""
+TOGETHER = 8 * 2048 // (2 * 256)
+"""Prompts of 100 tokens that are answered together, in the room of eight passes: each has at most two places of 256."""
 
 
 def decided(steps: int, *, held: int = 60, params: int = 135_000_000, **evaluation: Any) -> tuple[Recipe, list[Choice]]:

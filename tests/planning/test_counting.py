@@ -51,7 +51,7 @@ def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
         return texts(rows, **how)
 
     def answered(session, name, writing):
-        done["answering"] += writing.new_tokens  # all at once
+        done["answering"] += writing.writer.new_tokens  # all at once
         return answers(session, name, writing)
 
     monkeypatch.setattr(looking, "_outcomes", outcomes)

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.evaluation.generate import GeneratedAnswer, generate
 from tunesmith.generation.adapters import AdapterSet, LowRankPath
 from tunesmith.generation.decoder import BatchedDecoder, Decoder
+from tunesmith.generation.padded import GeneratedAnswer, generate
 from tunesmith.generation.scheduler import KeyedEvent, PreparedRequest, Scheduler
 from tunesmith.methods import lora
 from tunesmith.methods.lora import LoraAttachment

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from tiny_run import WORDS
-from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import GeneratedAnswer
+from tunesmith.generation import padded
+from tunesmith.generation.padded import GeneratedAnswer
 from tunesmith.inference import load as loading
 from tunesmith.runs.folder import Run
 from tunesmith.types import Part
@@ -51,7 +51,7 @@ def cases(root: Path, runs: Sequence[str], base: str, *, num_texts: int) -> list
         for number, text in enumerate(texts(num_texts)):
             prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
             limit = LIMITS[number % len(LIMITS)]
-            [said] = generate.generate(speaker.model, speaker.renderer, [prompt], limit)
+            [said] = padded.generate(speaker.model, speaker.renderer, [prompt], limit)
             found.append(Case(name, text, limit, said))
     return found
 

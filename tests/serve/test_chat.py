@@ -12,7 +12,7 @@ from serve.batches import Heard, sharp
 from tiny_run import model_folder
 from tiny_tasks import task_recipe
 from tunesmith.cli.chat import ChatSpeaker, Conversation, open_speakers
-from tunesmith.evaluation import generate
+from tunesmith.generation import padded
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel
 from tunesmith.serve.protocol import Delta, EngineOptions, GenerationRequest, RequestError
@@ -34,9 +34,9 @@ def speaker_of(folder: Path, arch: str) -> LoadedModel:
     return loading.load_model(str(path), offline=True)
 
 
-def expected(speaker: LoadedModel, text: str) -> generate.GeneratedAnswer:
+def expected(speaker: LoadedModel, text: str) -> padded.GeneratedAnswer:
     prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
-    return generate.generate(speaker.model, speaker.renderer, [prompt], 12)[0]
+    return padded.generate(speaker.model, speaker.renderer, [prompt], 12)[0]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom"])

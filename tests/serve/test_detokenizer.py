@@ -10,7 +10,7 @@ import pytest
 
 from tiny import tiny_tokenizer
 from tiny_tasks import word_tokenizer
-from tunesmith.evaluation.generate import read_answer
+from tunesmith.generation.padded import read_answer
 from tunesmith.generation.sampling import SampledToken, StreamingDecoder, with_text
 from tunesmith.serve.protocol import Token
 

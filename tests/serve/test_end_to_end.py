@@ -15,7 +15,7 @@ import pytest
 import fresh
 from serve.running import wait_for
 from tiny_run import tiny_recipe
-from tunesmith.evaluation import generate
+from tunesmith.generation import padded
 from tunesmith.inference.load import load_base, load_run
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
@@ -69,7 +69,7 @@ def offline_answers(run: Run) -> tuple[list[str], list[str]]:
     for speaker in (load_run(run, offline=True), load_base(run, offline=True)):
         parts = [[Part("user", text, trained=False)] for text in QUESTIONS]
         prompts = [speaker.renderer.prompt_ids(part) for part in parts]
-        given = [generate.generate(speaker.model, speaker.renderer, [prompt], NUM_TOKENS) for prompt in prompts]
+        given = [padded.generate(speaker.model, speaker.renderer, [prompt], NUM_TOKENS) for prompt in prompts]
         found.append([one.text for [one] in given])
     return found[0], found[1]
 

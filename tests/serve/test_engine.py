@@ -20,8 +20,8 @@ import fresh
 from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
 from tiny_tasks import encoder_folder
 from tunesmith.errors import InputError
-from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import GeneratedAnswer
+from tunesmith.generation import padded
+from tunesmith.generation.padded import GeneratedAnswer
 from tunesmith.inference import load as loading
 from tunesmith.models.forward import hidden_states
 from tunesmith.runs.folder import Run
@@ -63,7 +63,7 @@ def offline(root: Path, model: str, text: str, tokens: int) -> GeneratedAnswer:
     else:
         speaker = loading.load_run(Run.open(model, root), offline=True)
     prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
-    return generate.generate(speaker.model, speaker.renderer, [prompt], tokens)[0]
+    return padded.generate(speaker.model, speaker.renderer, [prompt], tokens)[0]
 
 
 def test_runs_and_their_base_are_served(asked: Asked) -> None:

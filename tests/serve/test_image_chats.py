@@ -18,7 +18,7 @@ from tiny_vision import FAMILIES, picture, png, vision_folder
 from tunesmith.cli.chat import ChatSpeaker, Conversation
 from tunesmith.data.images import look_at
 from tunesmith.errors import InputError
-from tunesmith.evaluation.generate import generate
+from tunesmith.generation.padded import generate
 from tunesmith.inference import load as loading
 from tunesmith.inference.predict import Predictor, predict_file
 from tunesmith.recipe.schema import Limits

@@ -22,10 +22,10 @@ from tiny_run import model_folder, tiny_recipe
 from tiny_tasks import encoder_folder, task_recipe, write_pooling
 from tunesmith.data.dataset import open_kept
 from tunesmith.errors import InputError, ModelError, RunError
-from tunesmith.evaluation.generate import generate
 from tunesmith.generation import kv_cache
 from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_unlike
+from tunesmith.generation.padded import generate
 from tunesmith.generation.scheduler import Scheduler
 from tunesmith.inference import load as loading
 from tunesmith.inference.predict import Predictor

@@ -27,10 +27,10 @@ from serve.batches import (
     sharp,
     taken,
 )  # fmt: skip
-from tunesmith.evaluation.generate import generate
 from tunesmith.generation import kv_cache
 from tunesmith.generation.adapters import AdapterSet, LowRankPath, MultiLoraLinear, RowMismatchError
 from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_unlike
+from tunesmith.generation.padded import generate
 from tunesmith.generation.scheduler import Scheduler
 from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference

@@ -17,21 +17,21 @@ ROOMS = {
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
-        1_830,
-        "answers of many sequences together: serving's, those that go on from measured rows, those drawn",
+        2_180,
+        "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones",
     ),
     "graders": (
         2_400,
         "types of graders, children for their code, a judge, a trial with a verdict, what strangers' may use",
     ),
-    "inference": (1_640, "a result loaded, files of rows answered and measured"),
+    "inference": (1_645, "a result loaded, files of rows answered and measured"),
     "jobs": (4_720, "OpenAI's fine-tuning API: files, jobs, graders, projects, webhooks, recovery from kills"),
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),
     "models": (5_840, "finding, loading, attention, heads, losses in pieces, divergences, what sees"),
     "optim": (450, "optimizers and schedules"),
     "pages": (1_700, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_745, "defaults with reasons; memory, time, disk"),
+    "planning": (1_750, "defaults with reasons; memory, time, disk"),
     "recipe": (1_935, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
@@ -39,7 +39,7 @@ ROOMS = {
     "tasks": (1_830, "what is learnt"),
     "summaries": (610, "what commands and pages say in the same words; nearly all of it was in cli and pages"),
     "trackers": (750, "four experiment trackers"),
-    "training": (5_320, "the loop, a run around it, the answers that it draws, a teacher"),
+    "training": (5_460, "the loop, a run around it, the answers that it draws, a teacher"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

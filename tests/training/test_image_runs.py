@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_run import same_run, stopped
 from tiny_vision import picture, png, vision_recipe
 from tunesmith.errors import DataError, RecipeError, RunError
-from tunesmith.evaluation.generate import generate
+from tunesmith.generation.padded import generate
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.image_features import kept_vectors
 from tunesmith.planning.decisions import Decisions

@@ -11,8 +11,8 @@ import torch
 from tiny_run import tiny_recipe
 from tunesmith.data.collate import build_batch
 from tunesmith.errors import NonFiniteError
-from tunesmith.evaluation.generate import generate
 from tunesmith.evaluation.predict_rows import predict_rows
+from tunesmith.generation.padded import generate
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import runs
 from tunesmith.training.loop import training_steps

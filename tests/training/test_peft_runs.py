@@ -12,9 +12,9 @@ from serve.batches import run as run_batch
 from serve.engines import says
 from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import InputError, Stopped
-from tunesmith.evaluation.generate import generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.export_run import export_run
+from tunesmith.generation.padded import generate
 from tunesmith.generation.scheduler import Scheduler
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.models.attention import use_packed_attention

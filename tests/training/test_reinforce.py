@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
@@ -29,7 +28,6 @@ from tunesmith.errors import (
 )
 from tunesmith.generation import draws as draws_module
 from tunesmith.graders.grade import Grade
-from tunesmith.parallel.world import Place, World
 from tunesmith.recipe.origin import moved_to
 from tunesmith.recipe.reinforcement import file_of
 from tunesmith.runs.folder import Run, runs
@@ -37,12 +35,13 @@ from tunesmith.tasks.policy_losses import VALUE_COLUMNS
 from tunesmith.training import draw as draws
 from tunesmith.training import setup as setups
 from tunesmith.training.check_sampler import check_sampler
+from tunesmith.training.groups import Group
 from tunesmith.training.loop import training_steps
 from tunesmith.training.probe import Found, measure
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
 from tunesmith.training.step import compute_gradients
-from tunesmith.training.trainer import resume, train
+from tunesmith.training.trainer import Listener, resume, train
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +164,32 @@ def test_half_a_line_of_kept_grades_is_left_out(tmp_path):
     file.write_bytes(whole + whole[:20])
     again = KeptGrades()
     again.keep_in(file)
+    assert again.keep_in(file) == []
     assert dict(again) == dict(kept)
     assert file.read_bytes() == whole
 
 
+def test_a_damaged_line_of_kept_grades_costs_no_later_one(straight, tmp_path):
+    """Before, all that followed it were forgotten, and a judge was asked again."""
+    from tunesmith.graders.kept import KeptGrades
+
+    folder, whole = straight
+    run = stopped(whole.recipe(), folder / "damaged", 3)
+    file = run.path / "grades.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = b"{" + lines[1]
+    file.write_bytes(b"".join(lines))
+    kept = KeptGrades()
+    assert kept.keep_in(file) == [2]
+    assert len(kept) == len(lines) - 1
+    done = resume(run)
+    notes = [event.values["text"] for event in done.events() if event.kind == "note"]
+    assert [text for text in notes if "1 line cannot be read, the first is line 2" in text]
+    same_run(done, whole)
+
+
 def test_one_pass_and_eight_have_one_loss_and_gradient(setup):  # trap: G11
-    groups, _ = setup.drawing.groups_of(setup, 1)
+    (groups,), _ = setup.drawing.groups_of(setup, [1])
     view = setup.drawing.view(setup, groups)
     view = replace(view, collator=replace(view.collator, shares=False), sampler=replace(view.sampler, ids_of=None))
     one = replace(view, sampler=replace(view.sampler, tokens_per_pass=100_000))
@@ -189,7 +208,7 @@ def test_one_pass_and_eight_have_one_loss_and_gradient(setup):  # trap: G11
 
 
 def test_answers_that_teach_nothing_keep_their_share_of_the_divisor(setup):  # trap: G13, G9
-    groups, _ = setup.drawing.groups_of(setup, 1)
+    (groups,), _ = setup.drawing.groups_of(setup, [1])
     flat = [replace(group, rewards=[0.5] * len(group.rewards)) if at else group for at, group in enumerate(groups)]
     tokens = sum(len(answer.ids) for group in flat for answer in group.answers)
     view = setup.drawing.view(setup, flat)
@@ -219,7 +238,7 @@ def test_a_step_without_any_spread_moves_no_weight(tmp_path):  # trap: G14
 
 
 def test_cut_answers_are_graded_or_leave_step_and_divisor(setup):  # trap: G9
-    groups, _ = setup.drawing.groups_of(setup, 1)
+    (groups,), _ = setup.drawing.groups_of(setup, [1])
     answers = [answer for group in groups for answer in group.answers]
     assert {answer.ended for answer in answers} == {False, True} or any(not answer.ended for answer in answers)
     graded = setup.drawing.view(setup, groups)
@@ -229,17 +248,15 @@ def test_cut_answers_are_graded_or_leave_step_and_divisor(setup):  # trap: G9
     setup.drawing.recipe = setup.recipe.model_copy(
         update={"reinforce": setup.recipe.reinforce.model_copy(update={"cut": "drop"})}
     )
-    futures = [Future() for _ in ended]
-    for i, future in enumerate(futures):
-        future.set_result(Grade(float(i)))
-    dropped = setup.drawing.view(setup, [setup.drawing._graded(group.row, ended, futures)])
+    grades = [Grade(float(i)) for i in range(len(ended))]
+    dropped = setup.drawing.view(setup, [setup.drawing._graded(group.row, ended, grades)])
     assert sum(dropped.store.denominators) == sum(len(answer.ids) for answer in ended if answer.ended)
     assert {dropped.store.source(i).sample for i in range(len(dropped.store))} == {1, 3}
     setup.drawing.recipe = setup.recipe
 
 
 def test_only_drawn_tokens_are_learnt(setup):
-    groups, _ = setup.drawing.groups_of(setup, 1)
+    (groups,), _ = setup.drawing.groups_of(setup, [1])
     view = setup.drawing.everything(setup, groups)
     drawn = [(group, answer) for group in groups for answer in group.answers]
     for i, (group, answer) in enumerate(drawn):
@@ -262,7 +279,7 @@ def grade(sample, item):
     return 0.25 * kind
 """
     setup = prepare(rewarded(tmp_path, grader=grader), root=tmp_path / "runs")
-    groups, _ = setup.drawing.groups_of(setup, 1)
+    (groups,), _ = setup.drawing.groups_of(setup, [1])
     setup.drawing.close()
     for group in groups:
         for answer, grade in zip(group.answers, group.grades, strict=True):
@@ -296,8 +313,6 @@ def grade(sample, item):
     def leave(event) -> None:
         if event.kind == "step" and event.step == 3:
             away.touch()
-
-    from tunesmith.training.trainer import Listener
 
     with pytest.raises(UngradedError, match=r"(?s)step 4: 12 of 12 answers have no reward.*Saved: step 3"):
         train(recipe, root=tmp_path / "second" / "runs", listener=Listener(on_event=leave))
@@ -361,8 +376,8 @@ def test_answers_are_drawn_by_the_weights_of_their_step(tmp_path, monkeypatch): 
     assert all(event.values["largest_mismatch"] < 1e-3 for event in training_steps(setup))
     setup.drawing.close()
     setup = prepare(rewarded(tmp_path, **sections), root=tmp_path / "runs")
-    groups, timing = setup.drawing.groups_of(setup, 1)
-    monkeypatch.setattr(setup.drawing, "groups_of", lambda state, step: (groups, timing))
+    drawn = setup.drawing.groups_of(setup, [1])
+    monkeypatch.setattr(setup.drawing, "groups_of", lambda state, steps: drawn)
     with pytest.raises(AssertionError):  # trap: G3 planted: the answers of step 1 at every step
         assert all(event.values["largest_mismatch"] < 1e-3 for event in training_steps(setup))
     setup.drawing.close()
@@ -401,10 +416,11 @@ def test_the_reference_is_the_untouched_model_at_every_step(tmp_path, kl):  # tr
         ({"reinforce": {"samples": 1}}, "samples"),
         ({"reinforce": {"kl": 0.1}, "method": "full"}, "reinforce.kl: 0.1: needs the untouched model"),
         ({"method": {"dropout": 0.1}}, "dropout"),
-        ({"devices": 2}, "devices: 2"),
+        ({"shard": True}, "shard: true: answers cannot be drawn from layers that are split"),
         ({"task": "chat"}, "reinforce.grader: .*task chat has no grader"),
         ({"data": {"columns": {"prompt": "number"}}}, "data.columns"),
         ({"evaluation": {"surprising": 5}}, "evaluation.surprising"),
+        ({"evaluation": {"sample_tokens": 5}}, "evaluation.sample_tokens: 5: .*Set reinforce.max_new_tokens"),
         ({"evaluation": {"metric": "accuracy"}}, "There are: reward, pass_1, loss"),
         ({"reinforce": {"max_new_tokens": 100_000}}, "leaves no room"),
     ],
@@ -525,6 +541,43 @@ def attach_as_rows(attach, recipe, model, **how):
     return attach(plain, model, **how)
 
 
+def test_held_out_answers_without_a_grade_leave_a_checkpoint(tmp_path):
+    away = tmp_path / "away"
+    grader = f"""
+import os
+
+def grade(sample, item):
+    if os.path.exists({str(away)!r}):
+        raise OSError("the judge is away")
+    return len(sample["output_text"]) / 100
+"""
+    recipe = rewarded(tmp_path, grader=grader, evaluation={"every": 3}, checkpoint={"every": 100})
+
+    def leave(event) -> None:
+        if event.kind == "step" and event.step == 3:
+            away.touch()
+
+    with pytest.raises(UngradedError, match=r"(?s)held-out answers: none of them has a reward.*Saved: step 3"):
+        train(recipe, root=tmp_path / "runs", listener=Listener(on_event=leave))
+    away.unlink()
+    (run,) = runs(tmp_path / "runs")
+    assert [values["reward"] for values in steps_of(resume(run))][:3] == [values["reward"] for values in steps_of(run)][
+        :3
+    ]
+
+
+def test_a_plan_looks_at_the_grader(tmp_path):
+    """Before, it was found out once the model was loaded."""
+    word = str(tmp_path / "reward.json")
+    recipe = rewarded(tmp_path, reinforce={"grader": word})
+    with pytest.raises(InputError, match="there is no such file"):
+        resolve_run(recipe, root=tmp_path / "runs")
+    fields = {"input": "{{sample.output_text}}", "reference": "{{item.nothing}}"}
+    (tmp_path / "reward.json").write_text(json.dumps({"type": "string_check", "operation": "eq", **fields}))
+    with pytest.raises(InputError, match=r"item\.nothing"):
+        resolve_run(recipe, root=tmp_path / "runs")
+
+
 def test_a_first_step_that_is_hardly_graded_keeps_no_grades(tmp_path):
     """A resumed run would find them, and end again."""
     away = tmp_path / "away"
@@ -547,9 +600,9 @@ def grade(sample, item):
 
 
 def test_two_groups_of_one_prompt_have_their_own_advantages(setup, tmp_path):
-    group = setup.drawing.groups_of(setup, 1)[0][0]
+    group = setup.drawing.groups_of(setup, [1])[0][0][0]
 
-    def rewarded_by(*rewards: float) -> draws.Group:
+    def rewarded_by(*rewards: float) -> Group:
         grades = [replace(grade, reward=reward) for grade, reward in zip(group.grades, rewards, strict=True)]
         return replace(group, grades=grades, rewards=rewards)
 
@@ -557,12 +610,6 @@ def test_two_groups_of_one_prompt_have_their_own_advantages(setup, tmp_path):
     setup.drawing._write([rewarded_by(0, 0, 0, 1), rewarded_by(1, 0, 0, 0)], setup.store, 1)
     lines = [json.loads(line) for line in (tmp_path / "rollouts" / "step-1.jsonl").read_text().splitlines()]
     assert [line["advantage"] for line in lines] == [-0.25, -0.25, -0.25, 0.75, 0.75, -0.25, -0.25, -0.25]
-
-
-def test_several_processes_are_refused_where_a_grader_names_the_task(tmp_path):
-    world = World(Place(rank=0, size=2))
-    with pytest.raises(RecipeError, match="task reinforce trains on one device"):
-        resolve_run(rewarded(tmp_path, task="auto"), root=tmp_path / "runs", world=world)
 
 
 def test_a_probe_comes_to_its_end(setup, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 from tunesmith.errors import InputError
 from tunesmith.evaluation.bootstrap import Interval, Statistic, paired_intervals, ratio, rows_behind, value_of
 from tunesmith.evaluation.branch_scores import HABITS, by_bm25, column
+from tunesmith.evaluation.graded_scores import with_one_k
 from tunesmith.evaluation.metrics import FEW_ROWS, FEWEST_ROWS, info_of
 from tunesmith.evaluation.scores import (
     ANSWER_SCORES,
@@ -135,6 +136,8 @@ def compare_rows(
         raise InputError(f"the first was measured on {first}, the second on {second}: only one task can be compared.")
     kind = kinds[0].pop()
     (a, b), pool_note = _in_one_pool([a, b]) if kind == "ranks" else ([a, b], "")
+    if kind == "graded":
+        a, b = map(list[RowResult], with_one_k([a, b]))
     same_targets, loss_note = all(was["count"] == now["count"] for was, now in zip(a, b, strict=True)), ""
     names = classes or names_in((*a, *b))
     metrics = paired(len(a), *(statistics_of(kind, rows, names, complete=bool(classes)) for rows in (a, b)))

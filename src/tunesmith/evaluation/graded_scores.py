@@ -49,7 +49,8 @@ def graded_result(content: int, answers: Sequence[Record], passes: float) -> Jso
         "ended": sum(answer["ended"] for answer in answers) / len(answers),
         "tokens": sum(answer["tokens"] for answer in answers) / len(answers),
         "repeated": sum(repeats(answer["text"]) for answer in answers) / len(answers),
-        "alike": 1 - len(texts) / len(answers),
+        "drawn": len(answers),
+        "alike": sum(num for num in texts.values() if num > 1) / len(answers),
         "scores": {name: mean(values) for name, values in of_names.items()},
         "answers": [dict(answer) for answer in answers],
     }
@@ -63,12 +64,12 @@ def repeats(text: str) -> bool:
 
 
 def graded_statistics(rows: Sequence[Record], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
-    """Means over prompts. Of pass@k, k is the most answers that every prompt has."""
-    num = min(len(row[MARK]) for row in rows)
+    """Means over prompts. Of pass@k, k is what was drawn, whatever grade failed, over prompts with k rewards."""
+    num = least_drawn(rows)
+    has_k = np.array([len(row[MARK]) >= num for row in rows])
     columns = {
         REWARD_KEY: [mean(row[MARK]) for row in rows],
         "pass_1": [row["right"] / len(row[MARK]) for row in rows],
-        "pass_k": [pass_at(num, len(row[MARK]), row["right"]) for row in rows],
         "best_reward": [max(row[MARK]) for row in rows],
         "ended": [row["ended"] for row in rows],
         "answer_tokens": [row["tokens"] for row in rows],
@@ -76,16 +77,29 @@ def graded_statistics(rows: Sequence[Record], _: Sequence[str], complete: bool) 
         "alike": [row["alike"] for row in rows],
     }
     statistics = {key: ratio(values) for key, values in columns.items()}
+    if has_k.any():
+        statistics["pass_k"] = ratio([pass_at(num, len(row[MARK]), row["right"]) for row in rows], has_k)
     for name in sorted({name for row in rows for name in row["scores"]}):
         has = np.array([name in row["scores"] for row in rows])
         statistics[f"score {name}"] = ratio([row["scores"].get(name, 0.0) for row in rows], has)
     return statistics
 
 
+def least_drawn(rows: Sequence[Record]) -> int:
+    """Answers that were drawn to each of these prompts."""
+    return min(int(row.get("drawn", len(row[MARK]))) for row in rows)
+
+
+def with_one_k(sides: Sequence[Sequence[Record]]) -> list[list[JsonObject]]:
+    """The rows of all sides, with the pass@k of the fewest answers that a side has drawn."""
+    num = min(map(least_drawn, sides))
+    return [[{**row, "drawn": num} for row in rows] for rows in sides]
+
+
 def pass_at(k: int, num: int, right: int) -> float:
-    """1 − C(num − right, k) / C(num, k): the chance that one of k answers is right, without bias. Chen et al.
-    2021, arXiv 2107.03374, equation 1."""
-    return 1 - math.comb(num - right, k) / math.comb(num, k)
+    """1 − C(num − right, k) / C(num, k): the chance that one of k answers is right, without bias; 0 of fewer than k.
+    Chen et al. 2021, arXiv 2107.03374, equation 1."""
+    return 1 - math.comb(num - right, k) / math.comb(num, k) if num >= k else 0.0
 
 
 def mean(rewards: Sequence[float]) -> float:

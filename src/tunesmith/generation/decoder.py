@@ -11,8 +11,8 @@ torch's inference mode: a model may keep such a tensor, as a rotary buffer that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +26,6 @@ from tunesmith.generation.kv_cache import (
     DecodeRows,
     KVCache,
     KVPool,
-    Layers,
     PrefillSpan,
     SequenceSlot,
     room_for,
@@ -68,11 +67,6 @@ class BatchedDecoder:
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
         """A slot for a prompt of `num_tokens`, of which nothing has been read."""
         return SequenceSlot(adapter, KVPool(room_for(num_tokens)))
-
-    @torch.no_grad()
-    def adopt(self, rows: Sequence[tuple[Layers, int]], *, more: int) -> list[SequenceSlot]:
-        """Take over sequences that were read elsewhere, each (layers, tokens), to grow by at most `more` tokens."""
-        return self._cache.adopt(rows, more=more)
 
     @torch.no_grad()
     def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
@@ -251,6 +245,26 @@ class SeeingDecoder(SequentialDecoder):
 Decoder: TypeAlias = BatchedDecoder | SequentialDecoder
 
 
+@contextmanager
+def decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model decodes for a `BatchedDecoder`, without dropout, and does not learn; its attention is
+    restored afterwards."""
+    attention = model.config._attn_implementation
+    with eval_mode(model), silence_transformers():
+        try:
+            use_cached_attention(model)
+            yield
+        finally:
+            model.set_attn_implementation(attention)
+
+
+def why_not_batched(model: PreTrainedModel, adapters: AdapterSet) -> str:
+    """The reason why sequences of this model cannot be decoded together by a `BatchedDecoder`; "" if they can."""
+    if model.config.is_encoder_decoder:
+        return "it is an encoder–decoder"
+    return recurrent_layer(model) or why_unlike(BatchedDecoder, model, adapters)
+
+
 def choose_decoder(
     name: str, model: PreTrainedModel, adapters: AdapterSet, note: Callable[[str], None], *, streams: int | None = None
 ) -> Decoder:
@@ -267,11 +281,10 @@ def choose_decoder(
 def _choose(
     name: str, model: PreTrainedModel, adapters: AdapterSet, note: Callable[[str], None], *, streams: int | None
 ) -> Decoder:
-    if model.config.is_encoder_decoder:
-        reason = "it is an encoder–decoder"
-    elif not (reason := recurrent_layer(model) or why_unlike(BatchedDecoder, model, adapters)):
+    if not (reason := why_not_batched(model, adapters)):
         return BatchedDecoder(model, adapters)
-    elif streams != 1 and (problem := why_unlike(SequentialDecoder, model, adapters)):
+    is_causal = not model.config.is_encoder_decoder
+    if is_causal and streams != 1 and (problem := why_unlike(SequentialDecoder, model, adapters)):
         raise ModelError(f"{name}: cannot be served: {problem}. Use `tunesmith chat` or `tunesmith predict`.")
     note(f"answers are decoded one by one, not together: {reason}")
     return SequentialDecoder(model, adapters)

@@ -16,12 +16,10 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, NonFiniteError, OutOfMemoryError
 from tunesmith.generation.adapters import AdapterSet
-from tunesmith.generation.decoder import BatchedDecoder, Decoder, why_unlike
+from tunesmith.generation.decoder import BatchedDecoder, Decoder, decoding, why_not_batched
 from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError
 from tunesmith.generation.scheduler import PreparedRequest, Scheduler
 from tunesmith.models.memory import peak_memory_bytes
-from tunesmith.models.modes import eval_mode, silence_transformers
-from tunesmith.models.packing_check import recurrent_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +54,7 @@ class Draw:
 
 def refuse_undrawable(name: str, model: PreTrainedModel) -> None:
     """Raise ModelError for a model whose answers cannot be decoded together with the logits that each has alone."""
-    reason = recurrent_layer(model) or why_unlike(BatchedDecoder, model, AdapterSet(model))
-    if reason:
+    if reason := why_not_batched(model, AdapterSet(model)):
         raise ModelError(
             f"{name}: answers cannot be drawn from this model, since many are decoded together: {reason}. Use another "
             "model."
@@ -66,13 +63,9 @@ def refuse_undrawable(name: str, model: PreTrainedModel) -> None:
 
 @contextmanager
 def drawing(model: PreTrainedModel) -> Iterator[Decoder]:
-    """A decoder of the model as it is now, without dropout; inside the block the model decodes and does not learn."""
-    attention = model.config._attn_implementation
-    with eval_mode(model), silence_transformers():
-        try:
-            yield BatchedDecoder(model, AdapterSet(model))
-        finally:
-            model.set_attn_implementation(attention)
+    """A decoder of the model as it is now, see `decoding`."""
+    with decoding(model):
+        yield BatchedDecoder(model, AdapterSet(model))
 
 
 def draw_answers(
@@ -81,9 +74,11 @@ def draw_answers(
     seeds: Sequence[int],
     how: Draw,
     *,
+    adapter: str | None = None,
     on_answers: Callable[[int, Sequence[DrawnAnswer]], None] = lambda prompt, answers: None,
 ) -> list[list[DrawnAnswer]]:
     """`how.num` answers to each prompt, token ids. Those of one prompt follow from its seed, whatever else is drawn.
+    `adapter`: its name in the decoder's set; None: the model as it is.
     `on_answers` gets the number of a prompt and its answers as soon as all of them have ended.
 
     Raises OutOfMemoryError where not even the answers to one prompt fit, NonFiniteError for logits that are no numbers.
@@ -91,7 +86,7 @@ def draw_answers(
     answers: dict[int, list[DrawnAnswer]] = {}
     streams, waiting = max(how.streams, how.num), list(range(len(prompts)))
     while waiting:
-        requests = [_request(i, prompts[i], seeds[i], how) for i in waiting]
+        requests = [_request(i, prompts[i], seeds[i], how, adapter) for i in waiting]
         for i, drawn in _drawn(Scheduler(decoder, streams=streams), requests):
             answers[i] = drawn
             on_answers(i, drawn)
@@ -109,13 +104,14 @@ def draw_answers(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _request(key: int, prompt: Sequence[int], seed: int, how: Draw) -> PreparedRequest:
+def _request(key: int, prompt: Sequence[int], seed: int, how: Draw, adapter: str | None) -> PreparedRequest:
     asked = GenerationRequest("", temperature=how.temperature, seed=seed, n=how.num)
     return PreparedRequest(
         key,
         tuple(prompt),
         how.tokenizer,
         asked,
+        adapter=adapter,
         max_new_tokens=how.max_new_tokens,
         stop_ids=how.stop_ids,
         strip=how.strip,
@@ -132,7 +128,9 @@ def _drawn(scheduler: Scheduler, requests: Sequence[PreparedRequest]) -> Iterato
     while scheduler.is_busy:
         for key, event in scheduler.step():
             if isinstance(event, RequestError) and event.code != "out_of_memory":
-                raise NonFiniteError(f"while answers were drawn: {event}")
+                raise NonFiniteError(
+                    f"while answers were drawn: {event}. Set precision: float32, or lower optim.lr if steps were made."
+                )
             if isinstance(event, Delta):
                 texts[key, event.index].append(event.text)
             elif isinstance(event, Finished):

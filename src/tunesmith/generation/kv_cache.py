@@ -53,6 +53,14 @@ class SequenceSlot:
     row: int = 0
 
 
+def slot_of(layers: Layers, num_tokens: int) -> SequenceSlot:
+    """The slot of a prompt whose first tokens were read elsewhere; their keys and values become its own, and have room
+    for what is read next."""
+    pool = KVPool(max(key_GTD.shape[1] for key_GTD, _ in layers.values()))
+    pool.layers = {layer: (key_GTD[None], value_GTD[None]) for layer, (key_GTD, value_GTD) in layers.items()}
+    return SequenceSlot(None, pool, num_tokens)
+
+
 class KVPool:
     """Keys and values of sequences with `room` tokens each, by layer: [N, G, L, D], made when a layer first writes.
 
@@ -121,27 +129,6 @@ class KVCache:
         """Give a sequence a row with room for one more token."""
         room = room_for(slot.length + 1)
         self.pools.setdefault(room, KVPool(room)).add(slot)
-
-    def adopt(self, rows: Sequence[tuple[Layers, int]], *, more: int) -> list[SequenceSlot]:
-        """Sequences that were read elsewhere, with their lengths: a pool of their own, with room for `more` tokens.
-
-        Layer by layer the rows' own tensors are given up.
-        """
-        pool = KVPool(max(length for _, length in rows) + more)
-        pool.rows = len(rows)
-        for layer in list(rows[0][0]):
-            pairs = [layers.pop(layer) for layers, _ in rows]
-            likes = pairs[0]
-            pool.layers[layer] = (
-                likes[0].new_zeros(len(rows), len(likes[0]), pool.room, likes[0].shape[-1]),
-                likes[1].new_zeros(len(rows), len(likes[1]), pool.room, likes[1].shape[-1]),
-            )
-            for n, pair in enumerate(pairs):
-                for to_NGLD, from_GTD in zip(pool.layers[layer], pair, strict=True):
-                    to_NGLD[n, :, : from_GTD.shape[1]] = from_GTD
-        pool.slots = [SequenceSlot(None, pool, length, n) for n, (_, length) in enumerate(rows)]
-        self.pools[pool.room] = pool
-        return list(pool.slots)
 
     def free(self, pool: KVPool, row: int) -> None:
         """Free a row and, with its last one, the pool."""

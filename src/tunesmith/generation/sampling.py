@@ -63,10 +63,16 @@ class Sampler:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next token is drawn from all tokens by their probability, and nothing else is asked."""
+        """Whether the next token is the likeliest, or drawn from all tokens by their probability, and nothing else is
+        asked."""
         params = self.params
         alters = self.grammar is not None or params.presence_penalty or params.frequency_penalty
-        return not alters and params.temperature > 0 and params.top_p >= 1 and params.logprobs is None
+        return not alters and params.logprobs is None and (self.is_greedy or params.top_p >= 1)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.params.temperature == 0 and not self.keeps
 
     def point(self) -> float:
         """The next random number in [0, 1)."""
@@ -141,14 +147,19 @@ def _at(probs_K: Tensor, point: float) -> int:
 def sample_together(samplers: Sequence[Sampler], logits_NV: Tensor) -> list[SampledToken | RequestError]:
     """The next token of each answer, or why there is none: the tokens, bit for bit, that each draws by itself.
 
-    Plain draws are made together, so that a device is waited for once for all of them and not once for each.
+    Likeliest tokens and plain draws are found together, so that a device is waited for once for all of them and not
+    once for each.
     """
     tokens: dict[int, SampledToken | RequestError] = {}
     plain = [n for n, sampler in enumerate(samplers) if sampler.is_plain]
     finite = logits_NV.amax(-1).isfinite().tolist() if len(plain) > 1 else ()
     plain = [n for n in plain if finite and finite[n]]
-    for at in range(0, len(plain), ROWS_TOGETHER):
-        here = plain[at : at + ROWS_TOGETHER]
+    if likeliest := [n for n in plain if samplers[n].is_greedy]:
+        best_N = logits_NV.argmax(-1).tolist()
+        tokens |= {n: SampledToken(best_N[n]) for n in likeliest}
+    drawn = [n for n in plain if n not in tokens]
+    for at in range(0, len(drawn), ROWS_TOGETHER):
+        here = drawn[at : at + ROWS_TOGETHER]
         tokens |= zip(here, _draw_plain([samplers[n] for n in here], logits_NV[here]), strict=True)
     for n, sampler in enumerate(samplers):
         if n not in tokens:

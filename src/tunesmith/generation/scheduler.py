@@ -35,6 +35,25 @@ KeyedEvent = tuple[int, StreamEvent | RequestError]
 """An event and the key of its request."""
 
 
+def places_room(num_tokens: int, num_answers: int = 1) -> int:
+    """Most tokens of cache that answers take which have at most `num_tokens` tokens, each with its prompt."""
+    # A row is copied to the next pool before its old place is free, and a pool grows by doubling its rows.
+    return 2 * num_answers * room_for(num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An answer that has begun elsewhere. The prompt of its request has its first tokens at the end, and was read but
+    for its very last token."""
+
+    slot: SequenceSlot
+    """The tokens that were read, with a place for one more."""
+    written: int
+    """Tokens of the answer at the end of the prompt."""
+    on_logits: Callable[[Tensor], None]
+    """Gets the logits [V] behind the prompt before the answer goes on from them."""
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
     """A request that has been rendered and tokenized."""
@@ -53,12 +72,13 @@ class PreparedRequest:
     """Images of its prompt, in order; where there are any, the decoder is a `SeeingDecoder`."""
     keeps: bool = False
     """Whether `Finished` has the tokens of an answer and their log-probabilities."""
+    begun: Begun | None = None
+    """None: nothing of the prompt was read before."""
 
     @property
     def room(self) -> int:
         """Most tokens of cache that its answers take, with the prompt."""
-        # A row is copied to the next pool before its old place is free, and a pool grows by doubling its rows.
-        return 2 * self.sampling.n * room_for(len(self.prompt) + self.max_new_tokens)
+        return places_room(len(self.prompt) + self.max_new_tokens, self.sampling.n)
 
 
 @dataclass(slots=True)
@@ -84,12 +104,14 @@ class _Answer:
 class Scheduler:
     """At most `streams` answers are decoded together; further requests wait in order.
 
-    `room`: most tokens of cache that all answers may take; None: no limit.
+    `room`: most tokens of cache that all answers may take; None: no limit. `read`: most tokens of prompts that a step
+    reads; None: few where answers would wait for them.
     """
 
-    def __init__(self, decoder: Decoder, *, streams: int, room: int | None = None) -> None:
+    def __init__(self, decoder: Decoder, *, streams: int, room: int | None = None, read: int | None = None) -> None:
         self.streams = streams
         self.room = room
+        self.read = read
         self.waiting: deque[PreparedRequest] = deque()
         self._decoder = decoder
         self._prefills: deque[_Prefill] = deque()
@@ -170,10 +192,11 @@ class Scheduler:
         events: list[KeyedEvent] = []
         while self.waiting and self._has_place(self.waiting[0]):
             request = self.waiting.popleft()
-            slot = self._decoder.open(request.adapter, len(request.prompt))
+            begun = request.begun
+            slot = self._decoder.open(request.adapter, len(request.prompt)) if begun is None else begun.slot
             if request.images and isinstance(self._decoder, SeeingDecoder):
                 self._decoder.show(slot, request.images)
-            self._prefills.append(_Prefill(request, slot))
+            self._prefills.append(_Prefill(request, slot, slot.length))
             events.append((request.key, Started(len(request.prompt))))
         return events
 
@@ -186,7 +209,7 @@ class Scheduler:
 
     def _prompt_parts(self) -> list[tuple[_Prefill, PromptPart]]:
         """The parts of prompts read in this step, first come first served."""
-        left = PREFILL_TOKENS if self._answers else PREFILL_TOKENS_ALONE
+        left = self.read or (PREFILL_TOKENS if self._answers else PREFILL_TOKENS_ALONE)
         parts: list[tuple[_Prefill, PromptPart]] = []
         for prefill in self._prefills:
             if left <= 0:
@@ -201,13 +224,13 @@ class Scheduler:
     def _start_answers(self, prefill: _Prefill, logits_V: Tensor) -> list[KeyedEvent]:
         """The answers to a prompt that has been read, with their first tokens."""
         request, answers = prefill.request, []
+        if request.begun is not None:
+            request.begun.on_logits(logits_V)
         slots = self._decoder.fork(prefill.slot, request.sampling.n)
         self._prefills.remove(prefill)
+        prefill.slot.pool.layers.clear()  # which were copied; a request that had begun elsewhere still has the slot
         for index, slot in enumerate(slots):
-            grammar = request.grammar() if request.grammar else None
-            sampler = Sampler(request.sampling, index=index, grammar=grammar, keeps=request.keeps)
-            text = StreamingDecoder(request.tokenizer, request.prompt, stops=request.sampling.stop, strip=request.strip)
-            self._answers[slot] = _Answer(request, index, sampler, text, slot)
+            self._answers[slot] = _begin(request, index, slot)
             answers.append(self._answers[slot])
         return self._sample(answers, logits_V.expand(request.sampling.n, -1))
 
@@ -256,3 +279,15 @@ class Scheduler:
     def _close(self, slot: SequenceSlot) -> None:
         del self._answers[slot]
         self._decoder.close(slot)
+
+
+def _begin(request: PreparedRequest, index: int, slot: SequenceSlot) -> _Answer:
+    """An answer to a prompt that has been read, with the tokens that it has already."""
+    grammar = request.grammar() if request.grammar else None
+    sampler = Sampler(request.sampling, index=index, grammar=grammar, keeps=request.keeps)
+    num_written = 0 if request.begun is None else request.begun.written
+    start = len(request.prompt) - num_written
+    text = StreamingDecoder(request.tokenizer, request.prompt[:start], stops=request.sampling.stop, strip=request.strip)
+    for token_id in request.prompt[start:]:
+        text.add(token_id)
+    return _Answer(request, index, sampler, text, slot, num_tokens=num_written)

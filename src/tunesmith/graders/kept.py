@@ -24,28 +24,26 @@ class KeptGrades(dict[str, Grade]):
         super().__setitem__(key, grade)
         self._new.append(key)
 
-    def keep_in(self, path: Path) -> None:
-        """Take the grades of a file, up to a line that a killed process has left
-        half, and append new ones to it.
-
-        Raises StorageError.
+    def keep_in(self, path: Path) -> list[int]:
+        """Take the grades of a file, and append new ones to it. A last line that a killed process has left half is cut
+        off. Returns the numbers of the lines that are damaged, whose grades are made anew. Raises StorageError.
         """
-        self._path = path
+        self._path, damaged = path, list[int]()
         if not path.exists():
-            return
+            return damaged
         with storing(path), open(path, "r+b") as file:
             size = 0
-            for line in file:
-                try:
-                    entry: dict[str, Any] = from_json(line)
-                    key, grade = entry.pop("key"), Grade(**entry)
-                except (ValueError, KeyError, TypeError):
-                    break
+            for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
                 size += len(line)
-                super().__setitem__(key, grade)
+                try:
+                    entry: dict[str, Any] = from_json(line)
+                    super().__setitem__(entry.pop("key"), Grade(**entry))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    damaged.append(number)
             file.truncate(size)
+        return damaged
 
     def flush(self) -> None:
         """Write the grades that are new, durably. Raises StorageError."""

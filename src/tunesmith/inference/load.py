@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.data.dataset import open_kept
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RecipeError, RunError
+from tunesmith.generation.writing import AnswerWriter, cache_tokens
 from tunesmith.methods import METHODS, attach, restore
 from tunesmith.models import heads, machine
 from tunesmith.models import load as files
@@ -105,6 +106,11 @@ class LoadedModel:
         """Most tokens of a micro-batch."""
         limit = self.recipe.train.tokens_per_pass
         return limit if limit != "auto" else 8192 if self.model.device.type == "cuda" else 2048
+
+    def writer(self, new_tokens: int) -> AnswerWriter:
+        """Writes answers of at most `new_tokens` tokens."""
+        per_pass = self.tokens_per_pass
+        return AnswerWriter(self.model, self.renderer, new_tokens, per_pass, cache=cache_tokens(per_pass))
 
     def identity(self) -> dict[str, str]:
         """Hashes of model, adapter and settings, by name: with a prompt they determine an answer."""

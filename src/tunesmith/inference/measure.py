@@ -41,11 +41,11 @@ from tunesmith.evaluation.compare import (
 from tunesmith.evaluation.generate import (
     MOST_SHORT,
     PromptLimit,
-    answer_samples,
     has_short_answers,
     new_tokens_for,
     sample_notes,
     sample_prompts,
+    sample_values,
 )
 from tunesmith.evaluation.predict_rows import Predictions, constant_answer, predict_rows, row_lines, row_results
 from tunesmith.evaluation.retrieval import settled
@@ -365,8 +365,10 @@ def _answer(
         return [], [], []
     limit = PromptLimit.of(loaded.renderer, model_tokens=loaded.max_tokens, new_tokens=new_tokens)
     prompts = sample_prompts(loaded.renderer, rows, limit=limit, new_tokens=new_tokens)
-    settings = {"most": loaded.tokens_per_pass}
-    sampled = list(answer_samples(loaded.model, loaded.renderer, prompts, new_tokens, on_progress, **settings))
+    num, writer = len(prompts), loaded.writer(new_tokens)
+    ids, images = [prompt.ids for prompt in prompts], [prompt.images for prompt in prompts]
+    answers = writer.write(ids, lambda done: on_progress("answer", done, num), images=images)
+    sampled = list(map(sample_values, prompts, answers))
     were = "was" if len(sampled) == 1 else "were"
     note = f"{plural(len(sampled), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
     prompted = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.read import expand_folders
 from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.errors import DataError, InputError
-from tunesmith.evaluation.generate import PromptLimit, generate_within
+from tunesmith.evaluation.generate import PromptLimit
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
+from tunesmith.generation.writing import AnswerWriter
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list
 from tunesmith.models.forward import logits_at_targets, sequence_logits
@@ -114,19 +116,19 @@ class Predictor:
         encoded = [self._prompt(example, warn) for example in examples]
         results: list[Answered] = [prompt if isinstance(prompt, Problem) else {} for prompt in encoded]
         prompts = {i: prompt for i, prompt in enumerate(encoded) if not isinstance(prompt, Problem)}
-        for members in self._passes({i: len(ids) + self.max_new_tokens for i, ids in prompts.items()}, done):
-            batch = [prompts[i] for i in members]
-            most = self.loaded.tokens_per_pass
-            images = [images_of(examples[i].parts) for i in members]
-            how: dict[str, Any] = {"most": most, "images": images}
-            answers = generate_within(self.loaded.model, self.loaded.renderer, batch, self.max_new_tokens, **how)
-            for i, answer in zip(members, answers, strict=True):
-                results[i] = {key: answer.text}
-                if not answer.stopped and TASKS[self.task].writes_answers:  # a continuation has no end
-                    message = f"its answer was cut off at {self.max_new_tokens} tokens."
-                    way = "Raise --max-tokens."
-                    warn(Problem(examples[i].source, "answer_cut", message, way, severity="warning"))
+        images = [images_of(examples[i].parts) for i in prompts]
+        answers = self._writer.write(list(prompts.values()), done, images=images)
+        for i, answer in zip(prompts, answers, strict=True):
+            results[i] = {key: answer.text}
+            if not answer.stopped and TASKS[self.task].writes_answers:  # a continuation has no end
+                message = f"its answer was cut off at {self.max_new_tokens} tokens."
+                way = "Raise --max-tokens."
+                warn(Problem(examples[i].source, "answer_cut", message, way, severity="warning"))
         return results
+
+    @cached_property
+    def _writer(self) -> AnswerWriter:
+        return self.loaded.writer(self.max_new_tokens)
 
     def _prompt(self, example: Example, warn: Warn) -> list[int] | Problem:
         """The ids of the prompt, if they leave room for an answer."""

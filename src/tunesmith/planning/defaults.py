@@ -18,9 +18,9 @@ from tunesmith.data.formats import task_of_rows
 from tunesmith.data.splits import Splits, first_example
 from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
-from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, batch_size, has_short_answers, new_tokens_for
+from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers, new_tokens_for
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.generation.continuation import PASSES
+from tunesmith.generation.writing import cache_tokens, written_together
 from tunesmith.methods import METHODS, method_of
 from tunesmith.models import machine
 from tunesmith.models.resolve_model import ModelRef
@@ -457,7 +457,8 @@ def decide_measuring(
     recipe, given = decisions.recipe, decisions.given.evaluation
     row, prompts = float(facts.lengths_I.mean()), len(facts.held_targets_I) if writes else 0
     new_tokens = new_tokens_for(facts.held_targets_I, recipe.evaluation.sample_tokens)
-    together = batch_size(held_tokens / max(1, prompts), new_tokens, PASSES * resolved(recipe.train.tokens_per_pass))
+    cache = cache_tokens(resolved(recipe.train.tokens_per_pass))
+    together = written_together(held_tokens / max(1, prompts) + new_tokens, cache)
     word = WORD.get(facts.device, WORD_ON_CARD)
 
     def answers(num: int) -> float:

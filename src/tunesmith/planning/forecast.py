@@ -19,9 +19,10 @@ from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.sampler import StepSampler, micro_batches_of, padded_size
 from tunesmith.data.splits import Splits
-from tunesmith.evaluation.generate import batch_size, has_short_answers, new_tokens_for
+from tunesmith.evaluation.generate import has_short_answers, new_tokens_for
 from tunesmith.evaluation.predict_rows import MOST_HIGH_LOSS, sample_rows
-from tunesmith.generation.continuation import kept_passes
+from tunesmith.generation.scheduler import places_room
+from tunesmith.generation.writing import cache_tokens, written_together
 from tunesmith.methods import METHODS
 from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
@@ -226,8 +227,9 @@ class Forecaster:
             return 0
         lengths_I = store.lengths[rows_I]
         new_tokens = new_tokens_for(store.targets[rows_I], evaluation.sample_tokens)
-        written = prompts * (int(lengths_I.max()) + 1 + new_tokens)
-        return min(tokens_per_pass, int(lengths_I.sum())) + min(kept_passes(recomputed) * tokens_per_pass, written)
+        written = prompts * places_room(int(lengths_I.max()) + new_tokens)
+        cache = cache_tokens(tokens_per_pass, recomputed=recomputed)
+        return min(tokens_per_pass, int(lengths_I.sum())) + min(cache, written)
 
     def _looked_up(self, recipe: Recipe) -> tuple[Sizes, StepSampler, Heavy, Load]:
         """The sizes of a recipe's model, its steps, and the heaviest micro-batches: of any device, and of what
@@ -320,10 +322,12 @@ def answered_at_once(evaluation: EvaluationOptions, rows: Splits, sampler: StepS
     """Prompts of held-out rows that are answered together."""
     if len(rows.held_rows) == 0:
         return 1
-    passes = kept_passes(recomputed) if sampler.layout == "packed" else 1
     new_tokens = new_tokens_for(rows.held_store.targets[rows.held_rows], evaluation.sample_tokens)
-    tokens = float(rows.held_store.lengths[rows.held_rows].mean())
-    size = batch_size(tokens, new_tokens, passes * sampler.tokens_per_pass)
+    tokens = float(rows.held_store.lengths[rows.held_rows].mean()) + new_tokens
+    if sampler.layout == "packed":
+        size = written_together(tokens, cache_tokens(sampler.tokens_per_pass, recomputed=recomputed))
+    else:
+        size = max(1, int(sampler.tokens_per_pass // tokens))
     return min(size, max(1, resolved(evaluation.samples)), len(rows.held_rows))
 
 
@@ -349,18 +353,23 @@ def counts(
     if task.sees_rows:  # of what training has seen a head's answers are found again, for those that are listed
         most = min(most, MOST_HIGH_LOSS) if task.learns_classes else 0
     looked_at = min(1.0, most / len(trained))
-    read, written = 0.0, 0.0
+    read, written, drawn_before = 0.0, 0.0, 0.0
     if head == "next_token":
         read, written = _answers(recipe.evaluation, rows, together=prompts, on_the_way=evaluations - 2)
     if task.samples:  # prompts are read once, and are few of the tokens
-        read, written = 0.0, _drawn(recipe.reinforce, resolved(recipe.train.rows_per_step), len(held), steps)
+        of_step = resolved(recipe.train.rows_per_step)
+        read, written = 0.0, _drawn(recipe.reinforce, of_step, len(held), steps)
+        # Answers of later steps are measured when they are drawn.
+        later = steps - -(-steps // recipe.reinforce.updates)
+        drawn_before = float(trained.mean()) * of_step * recipe.reinforce.samples * later
     return {
         "starting": 1,
         "training": steps,
         "measuring": int(held.sum()) * (evaluations / devices + task.compares)
         + int(trained.sum()) * (looked_at / devices + task.compares)
         + 2 * general_tokens
-        + (read / devices if layout != "packed" else 0),
+        + (read / devices if layout != "packed" else 0)
+        + drawn_before,
         "answering": written / devices,
         "saving": saves(resolved(recipe.checkpoint.every), steps),
         "finishing": 1,
@@ -370,9 +379,9 @@ def counts(
 def _drawn(options: Reinforce, prompts: int, held: int, steps: int) -> float:
     """Tokens that are written one after the other: in each step of `prompts`, and before and after for held-out
     ones."""
-    streams = resolved(options.streams)
-    of_step = -(-prompts * options.samples // streams)
-    return options.max_new_tokens * (steps * of_step + 2.0 * -(-held * options.held_out_samples // streams))
+    streams, draws = resolved(options.streams), -(-steps // options.updates)
+    of_draw = -(-prompts * options.updates * options.samples // streams)
+    return options.max_new_tokens * (draws * of_draw + 2.0 * -(-held * options.held_out_samples // streams))
 
 
 def _answers(evaluation: EvaluationOptions, rows: Splits, *, together: int, on_the_way: int) -> tuple[float, float]:

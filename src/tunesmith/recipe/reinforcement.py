@@ -36,9 +36,12 @@ class Reinforce(OptionGroup):
     """Most tokens of an answer; prompts leave room for them in data.max_tokens."""
     temperature: Annotated[float, Field(le=2)] = 1.0
     """Temperature at which answers are drawn and learnt, from 0.1 on."""
+    updates: Annotated[int, Field(ge=1, le=4)] = 1
+    """Steps whose answers are drawn at once, by the weights of the first of them. Each answer is learnt once. More draw
+    faster, and learn from answers of weights that are up to three updates old."""
     loss: Literal["clip", "cispo", "sequence"] = "clip"
     """Loss of a token. clip: as PPO and GRPO. cispo: the weight is clipped, not the token. sequence: as GSPO, an answer
-    has one ratio. Answers are learnt once, where clip and cispo have the same gradient."""
+    has one ratio. With `updates: 1` clip and cispo have the same gradient."""
     normalize: Literal["tokens", "answers", "constant"] = "tokens"
     """Divisor of a step's loss. tokens: its answers' tokens, as DAPO. answers: their number, each by its own
     length before, as GRPO. constant: their number times max_new_tokens, as Dr. GRPO."""
@@ -60,8 +63,8 @@ class Reinforce(OptionGroup):
     keep_answers: Annotated[int, Field(ge=0)] = 100
     """Newest steps whose answers are kept, with reward and advantage, in the run's folder: rollouts/step-N.jsonl."""
     streams: Positive | Auto = "auto"
-    """Most answers decoded together. auto: all of a step, at most 128, on a card 256. Another number changes
-    rounding."""
+    """Most answers decoded together. auto: all that are drawn at once, at most 128, on a card 256. Another number
+    changes rounding."""
 
     @field_validator("temperature")
     @classmethod

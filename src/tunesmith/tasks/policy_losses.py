@@ -1,6 +1,6 @@
 """Losses of answers that the model drew itself, token by token.
 
-    ρ   π / π_old, of the learner now and when the answers were drawn; 1 where each answer is learnt once
+    ρ   π / π_old, of the learner now and when the answers were drawn; 1 in the first step that learns from a draw
     w   min(C, π_old / μ), without gradient; μ is what drew the token: a correction of rounding (Yao et al. 2025)
     u   log π_ref − log π, π_ref the untouched model
     ℓ   of `clip` −min(ρA, clip(ρ) A): Shao et al. 2024, arXiv 2402.03300, eq. 3, with the bounds of Yu et al. 2025,
@@ -38,7 +38,7 @@ reference."""
 CLIPS = {"clip": (0.2, 0.28), "sequence": (3e-4, 4e-4)}
 MOST_RATIO = 5.0
 STATS = ("tokens", "mismatch", "largest", "corrected", "clipped_low", "clipped_high", "kl")
-"""Statistics of a row, in their order: sums over tokens, and the largest difference |log π − log μ|."""
+"""Statistics of a row, in their order: sums over tokens, and the largest difference |log π_old − log μ|."""
 Seen = MutableMapping[int, "Tensor"]
 """[STATS] by row: what the passes of a step found of it, where they are wanted."""
 
@@ -89,7 +89,7 @@ def token_losses(logp_N: Tensor, values_NC: Tensor, row_of_N: Tensor, options: R
     most = math.inf if options.correct is None else options.correct
     off_N = old_N - drawn_N
     factor_N = torch.ones_like(now_N) if options.correct is None else off_N.exp().clamp(max=most)
-    away_N = (now_N - drawn_N).abs()
+    away_N = off_N.abs()
     stats = [torch.ones_like(now_N), away_N, away_N, (off_N > math.log(most)).float(), low_N, high_N]
     return weight_N * factor_N * losses_N, torch.stack([*stats, divergence_N.detach()], dim=1)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from tunesmith.errors import RecipeError
 from tunesmith.phrases import plural
 from tunesmith.recipe.reinforcement import PROMPTS, Reinforce, updates_of
+from tunesmith.recipe.schema import EvaluationOptions
 from tunesmith.tasks.policy_losses import losses_of
 from tunesmith.tasks.task import OwnSection, Rates, Task
 from tunesmith.types import Choice, JsonObject, TaskName
@@ -104,10 +105,15 @@ def _check(recipe: Recipe, located: ModelRef) -> Sequence[Choice]:
         raise RecipeError("data.replay: is for tasks that learn rows' own answers. Leave it out.")
     if recipe.evaluation.surprising not in ("auto", 0):
         raise RecipeError("evaluation.surprising: prompts have no loss of their own. Leave it out.")
-    if recipe.devices not in ("auto", 1):
+    if recipe.evaluation.sample_tokens != EvaluationOptions().sample_tokens:
         raise RecipeError(
-            f"devices: {recipe.devices}: task reinforce trains on one device. Use devices: 1, and device: "
-            "cuda:1 for another card."
+            f"evaluation.sample_tokens: {recipe.evaluation.sample_tokens}: held-out answers are as long as those that "
+            "are learnt. Set reinforce.max_new_tokens, or leave it out."
+        )
+    if recipe.shard is True:
+        raise RecipeError(
+            "shard: true: answers cannot be drawn from layers that are split over devices: each token would gather "
+            "them all. Use method qlora, or a smaller base."
         )
     if options.kl and recipe.method.name == "full":
         raise RecipeError(

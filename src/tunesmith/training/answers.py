@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from tunesmith.evaluation.generate import (
-    GeneratedAnswer,
-    SamplePrompt,
-    answer_samples,
-    prompt_batches,
-    read_answer,
-    sample_values,
-)
-from tunesmith.generation.continuation import Continuation, kept_passes
+from tunesmith.evaluation.generate import SamplePrompt, sample_values
+from tunesmith.generation.continuation import Continuation
+from tunesmith.generation.padded import GeneratedAnswer
+from tunesmith.generation.writing import AnswerWriter, cache_tokens
 from tunesmith.recipe.schema import resolved
 from tunesmith.training.progress import Session
 from tunesmith.training.setup import Setup, answer_tokens
@@ -27,6 +22,17 @@ def prompts_of(setup: Setup, name: str) -> list[SamplePrompt]:
     return setup.samples[: most.get(name)]
 
 
+def writer_of(setup: Setup) -> AnswerWriter:
+    """Writes the answers of the model as it is now."""
+    return AnswerWriter(
+        setup.model,
+        setup.renderer,
+        answer_tokens(setup.recipe.evaluation.sample_tokens, setup.rows),
+        tokens_per_pass=setup.sampler.tokens_per_pass,
+        cache=cache_tokens(setup.sampler.tokens_per_pass, recomputed=resolved(setup.recipe.train.checkpointed_layers)),
+    )
+
+
 def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, total: None) -> Continuation | None:
     """Writes answers while rows are measured; None where that cannot be: rows are padded, or layers are split,
     so that every rank has to take part in every pass, or rows have branches, which are measured apart."""
@@ -36,16 +42,7 @@ def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, 
     if not prompts or not is_packed or setup.world.is_sharded or setup.rows.held_store.branches.has_any:
         return None
     wanted = {row: len(prompts[index].ids) for index, row in rows_of(prompts, setup).items()}
-    passes = kept_passes(resolved(setup.recipe.train.checkpointed_layers))
-    return Continuation(
-        model=setup.model,
-        task=setup.task,
-        stop_ids=frozenset(setup.renderer.stop_ids),
-        new_tokens=answer_tokens(setup.recipe.evaluation.sample_tokens, setup.rows),
-        wanted=wanted,
-        most_tokens=passes * setup.sampler.tokens_per_pass,
-        tick=partial(tick, "answer"),
-    )
+    return Continuation(writer_of(setup), setup.task, wanted, tick=partial(tick, "answer"))
 
 
 def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
@@ -64,32 +61,31 @@ def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
 def samples(session: Session, name: str, writing: Continuation | None) -> Iterator[JsonObject]:
     """The values of the "sample" events of the prompts, in order; each rank writes some of the answers."""
     setup, world = session.setup, session.setup.world
-    mine = [] if writing is None else [(row, ids) for row, ids in writing.answers.items()]
-    written: dict[int, list[int]] = dict(pair for part in world.gather_values(mine) for pair in part)
+    mine = [] if writing is None else [(row, answer.text, answer.stopped) for row, answer in writing.answers.items()]
+    of_rows = {row: GeneratedAnswer(text, stopped) for part in world.gather_values(mine) for row, text, stopped in part}
     prompts = prompts_of(setup, name)
-    rows = rows_of(prompts, setup) if written else {}
-    answered: dict[int, GeneratedAnswer] = {}
+    rows = rows_of(prompts, setup) if of_rows else {}
+    answers = {index: of_rows[row] for index, row in rows.items() if row in of_rows}
+    left = [index for index in range(len(prompts)) if index not in answers]
+    answers |= zip(left, _written(session, name, [prompts[index] for index in left]), strict=True)
     for index, sample in enumerate(prompts):
-        if (ids := written.get(rows.get(index, -1))) is not None:
-            answered[index] = read_answer(setup.renderer, sample.ids, ids)
-    missing = _generated(session, [sample for index, sample in enumerate(prompts) if index not in answered])
-    for index, sample in enumerate(prompts):
-        yield sample_values(sample, answered[index]) if index in answered else next(missing)
+        yield sample_values(sample, answers[index])
 
 
-def _generated(session: Session, prompts: list[SamplePrompt]) -> Iterator[JsonObject]:
+def _written(session: Session, name: str, prompts: Sequence[SamplePrompt]) -> list[GeneratedAnswer]:
     """Answers to prompts that begin no measured row, or whose model goes on from none."""
-    setup, tick = session.setup, session.listener.on_progress
-    new_tokens, most = answer_tokens(setup.recipe.evaluation.sample_tokens, setup.rows), setup.sampler.tokens_per_pass
+    setup, ids = session.setup, [sample.ids for sample in prompts]
     rank, size = setup.world.part
     if size == 1 or setup.world.is_sharded:  # every rank takes part in every pass
-        yield from answer_samples(setup.model, setup.renderer, prompts, new_tokens, tick, most=most)
-        return
-    batches = prompt_batches(prompts, new_tokens, most)
-    mine = [
-        list(answer_samples(setup.model, setup.renderer, batch, new_tokens, tick, most=most))
-        for batch in batches[rank::size]
-    ]
-    ranks = setup.world.gather_values(mine)
-    for i in range(len(batches)):
-        yield from ranks[i % size][i // size]
+        rank, size = 0, 1
+    mine, images = ids[rank::size], [sample.images for sample in prompts][rank::size]
+    writer, tell = writer_of(setup), session.listener.on_progress
+    answers = writer.write(mine, lambda done: tell("answer", done, len(mine)), images=images)
+    is_told = bool(mine) and name == "before" and setup.world.is_first and setup.kind != "encoder_decoder"
+    if is_told and writer.why_padded:
+        text = f"answers are written in padded batches, slower: {writer.why_padded}"
+        session.emit("note", {"text": text, "aside": True})
+    if size == 1:
+        return answers
+    ranks = setup.world.gather_values([(answer.text, answer.stopped) for answer in answers])
+    return [GeneratedAnswer(*ranks[i % size][i // size]) for i in range(len(ids))]

@@ -52,6 +52,7 @@ def _write(session: Session) -> None:
             "progress": asdict(session.progress),
             "identity": setup.identity,
             "log": events.digest(run.events_path),
+            **({} if setup.drawing is None else {"drawn": setup.drawing.pending(step)}),
         },
     )
     session.emit("checkpoint", {"path": folder.relative_to(run.path).as_posix()})

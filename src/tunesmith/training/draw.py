@@ -28,17 +28,19 @@ from tunesmith.data.answers import AnswerStore, DrawnSource, answer_row
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler, sort_keys
-from tunesmith.errors import UngradedError
+from tunesmith.errors import RunError, UngradedError
 from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing
 from tunesmith.graders.grade import FAILURES, Answer, Grade
 from tunesmith.graders.kept import KeptGrades
 from tunesmith.graders.pool import Pool
+from tunesmith.parallel.world import World
 from tunesmith.phrases import plural
 from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.tasks.policy_losses import STATS, VALUE_COLUMNS, Seen, log_probs, policy_loss_sum
 from tunesmith.tasks.reinforce import advantages, divisor, has_spread
+from tunesmith.training.groups import DrawnStep, Group, all_answers, all_rows, first_grades
 from tunesmith.training.state import Drawn, TrainState
 from tunesmith.types import Example, JsonObject, Record, Row
 
@@ -48,23 +50,6 @@ HELD_OUT = 0
 """The step by whose random numbers held-out prompts are answered, before training and after."""
 LEAST_GRADED = 0.5
 """Share of a step's answers without which it is not learnt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The answers to one prompt, and their grades."""
-
-    row: int
-    answers: Sequence[DrawnAnswer]
-    grades: Sequence[Grade]
-
-    rewards: Sequence[float | None]
-    """None: the answer has no reward, or was cut and is left out."""
-
-    @property
-    def scored(self) -> list[float]:
-        """The rewards of the answers that count."""
-        return [reward for reward in self.rewards if reward is not None]
 
 
 Worth = tuple[Group, int, float]
@@ -88,8 +73,8 @@ class Drawing:
     tick: Callable[[str, int, int], None] = lambda what, done, total: None
     folder: Path | None = None
     """Folder in which answers are kept; None: they are not."""
-    _ahead: dict[int, tuple[list[Group], dict[str, float]]] = field(default_factory=dict)
-    """Groups of a step that were drawn before it."""
+    _ahead: dict[int, DrawnStep] = field(default_factory=dict)
+    """Answers to the prompts of steps that were not made yet."""
 
     def __post_init__(self) -> None:
         weakref.finalize(self, self.pool.close)  # of a run that is prepared and not taken
@@ -104,22 +89,62 @@ class Drawing:
 
     def __call__(self, state: TrainState, step: int) -> Drawn:
         """The answers that a step learns. Raises UngradedError where the grader fails for more than half of them."""
-        groups, timing = self._ahead.pop(step) if step in self._ahead else self.groups_of(state, step)
-        self._refuse_ungraded(groups, step)
+        if step not in self._ahead:
+            self._draw(state, step)
+        drawn = self._ahead[step]
+        # A step that cannot be made is made again after a resume: those that cannot be drawn again then are kept.
+        gone = step if self._late(step) == 0 else step - 1
+        self._ahead = {at: later for at, later in self._ahead.items() if at > gone}
         self.kept.flush()
-        self._write(groups, state.store, step)
-        view, seen = self.view(state, groups), dict[int, Tensor]()
+        self._write(drawn.groups, state.store, step)
+        view, seen = self.view(state, drawn.groups, drawn.old), dict[int, Tensor]()
         loss_sum = state.task.loss_sum
         if isinstance(loss_sum, partial) and loss_sum.func is policy_loss_sum:  # and no other that a caller gave
             loss_sum = partial(loss_sum, seen=seen)
         view = replace(view, task=replace(view.task, loss_sum=loss_sum))
-        values = _values_of(groups)
-        return Drawn(view, [group.row for group in groups], lambda: {**values, **_found(seen, self.options)}, timing)
+        values = _values_of(drawn.groups)
+        rows = [group.row for group in drawn.groups]
+        return Drawn(view, rows, lambda: {**values, **_found(state.world, seen, self.options)}, drawn.timing)
 
-    def keep_in(self, folder: Path) -> None:
-        """Keep grades and answers in the folder of a run, and take the grades that are there."""
-        self.folder = folder / "rollouts"
-        self.kept.keep_in(folder / "grades.jsonl")
+    def _draw(self, state: TrainState, step: int) -> None:
+        """Draw for a step and for those that learn from the same draw. Nothing is kept where too few have a reward."""
+        if late := self._late(step):
+            raise RunError(
+                f"step {step}: learns from answers that are drawn before step {step - late} (reinforce.updates: "
+                f"{self.options.updates}), and these are not here. Start at step {step - late}, or resume the run."
+            )
+        steps = range(step, min(step + self.options.updates - 1, state.total_steps) + 1)
+        groups, timing = self.groups_of(state, steps)
+        for at, of_step in zip(steps, groups, strict=True):
+            self._refuse_ungraded(of_step, at)
+        began, later = time.perf_counter(), dict[int, DrawnStep]()
+        for at, of_step in zip(steps[1:], groups[1:], strict=True):
+            later[at] = DrawnStep(of_step, self.measured(self._learnt(state, of_step)))
+        if later:
+            timing["measure"] = time.perf_counter() - began
+        self._ahead |= {step: DrawnStep(groups[0], (), timing), **later}
+
+    def _late(self, step: int) -> int:
+        """Updates between the draw of a step's answers and the step."""
+        return (step - 1) % self.options.updates
+
+    def pending(self, step: int) -> JsonObject:
+        """The answers for later steps that were drawn by weights that are gone: {step: values}, for a checkpoint."""
+        ahead = self._ahead if self._late(step + 1) else {}
+        return {str(at): drawn.values() for at, drawn in ahead.items() if at > step}
+
+    def take(self, pending: JsonObject) -> None:
+        """Take what a checkpoint has from `pending`."""
+        self._ahead = {int(at): DrawnStep.of(values) for at, values in pending.items()}
+
+    def keep_in(self, folder: Path) -> list[str]:
+        """Keep grades and answers in the folder of a run, and take the grades that are there. Returns notes on those
+        that cannot be read."""
+        self.folder, file = folder / "rollouts", folder / "grades.jsonl"
+        if not (damaged := self.kept.keep_in(file)):
+            return []
+        what = f"{plural(len(damaged), 'line')} cannot be read, the first is line {damaged[0]:,}"
+        return [f"{file}: {what}: the grades are made again, and a judge may give others"]
 
     def _write(self, groups: Sequence[Group], store: RowStore, step: int) -> None:
         most = self.options.keep_answers
@@ -146,41 +171,68 @@ class Drawing:
             (self.folder / f"step-{step - most}.jsonl").unlink(missing_ok=True)
         write_atomic(self.folder / f"step-{step}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
 
-    def ahead(self, state: TrainState, step: int) -> list[Group]:
+    def ahead(self, state: TrainState, step: int) -> Sequence[Group]:
         """Draw the groups of a step before it is made, with the weights as they are: those that it has."""
-        self._ahead[step] = self.groups_of(state, step)
-        self._refuse_ungraded(self._ahead[step][0], step)  # before its grades are kept, with those of held-out answers
-        return self._ahead[step][0]
+        self._draw(state, step)
+        return self._ahead[step].groups
 
-    def groups_of(self, state: TrainState, step: int) -> tuple[list[Group], dict[str, float]]:
-        """The answers to the prompts of a step and their grades, and the seconds that both took."""
-        return self.drawn(state, state.store, state.sampler.rows(step), step=step, num=self.options.samples)
+    def groups_of(self, state: TrainState, steps: Sequence[int]) -> tuple[list[list[Group]], dict[str, float]]:
+        """The answers to the prompts of each of these steps and their grades, and the seconds that both took."""
+        rows, seeds, places = list[int](), list[int](), list[slice]()
+        for step in steps:
+            of_step = state.sampler.rows(step)
+            places.append(slice(len(rows), len(rows) + len(of_step)))
+            rows += of_step
+            seeds += seeds_of(state.store, of_step, seed=self.recipe.seed, step=step)
+        groups, timing = self._answered(state, state.store, rows, seeds, num=self.options.samples)
+        return [groups[place] for place in places], timing
 
-    def drawn(
-        self, state: TrainState, store: RowStore, rows: Sequence[int], *, step: int, num: int
+    def held_out(self, state: TrainState, store: RowStore, rows: Sequence[int]) -> list[Group]:
+        """The answers to held-out prompts, with the same random numbers at every call."""
+        seeds = seeds_of(store, rows, seed=self.recipe.seed, step=HELD_OUT)
+        return self._answered(state, store, rows, seeds, num=self.options.held_out_samples, tells=True)[0]
+
+    def _answered(
+        self,
+        state: TrainState,
+        store: RowStore,
+        rows: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        num: int,
+        tells: bool = False,
     ) -> tuple[list[Group], dict[str, float]]:
-        """`num` answers to each of these rows of a store, drawn by the model as it is now, and graded."""
-        began, futures = time.perf_counter(), dict[int, list[Future[Grade]]]()
-        seeds, total = seeds_of(store, rows, seed=self.recipe.seed, step=step), len(rows) * num
+        """`num` answers to each of these rows of a store, drawn by the model as it is now, and graded. `tells`: says
+        how far it is; a step is soon made. Ranks draw answers to some of the prompts each, the first one grades all."""
+        began, futures, world = time.perf_counter(), dict[int, list[Future[Grade]]](), state.world
+        mine, ended = range(world.rank, len(rows), world.size), list[int]()
 
-        def grade(at: int, answers: Sequence[DrawnAnswer]) -> None:
-            item = self.prompts[store][rows[at]].kept
-            futures[at] = [
-                self.pool.submit(Answer(drawn.text, ended=drawn.ended, tokens=len(drawn.ids)), item)
-                for drawn in answers
-            ]
-            if step == HELD_OUT:  # a step is soon made
-                self.tick("draw", len(futures) * num, total)
+        def grade(number: int, answers: Sequence[DrawnAnswer]) -> None:
+            ended.append(number)
+            if world.is_first:
+                futures[mine[number]] = self._submitted(store, rows[mine[number]], answers)
+            if tells:
+                self.tick("draw", len(ended) * num, len(mine) * num)
 
         with drawing(cast(Any, state.model)) as decoder:
-            ids = [store.row(row).ids.tolist() for row in rows]
-            answers = draw_answers(decoder, ids, seeds, self._how(num), on_answers=grade)
-        drawn_s = time.perf_counter() - began
-        groups = [self._graded(row, answers[at], futures[at]) for at, row in enumerate(rows)]
+            ids = [store.row(rows[at]).ids.tolist() for at in mine]
+            of_mine = draw_answers(decoder, ids, [seeds[at] for at in mine], self._how(num), on_answers=grade)
+        answers, drawn_s = all_answers(world, of_mine, len(rows)), time.perf_counter() - began
+        if world.is_first:
+            left = [at for at in range(len(rows)) if at not in futures]
+            futures |= {at: self._submitted(store, rows[at], answers[at]) for at in left}
+        grades = first_grades(world, [[future.result() for future in futures[at]] for at in sorted(futures)])
+        groups = [self._graded(*of_row) for of_row in zip(rows, answers, grades, strict=True)]
         return groups, {"draw": drawn_s, "grade": time.perf_counter() - began - drawn_s}
 
-    def _graded(self, row: int, answers: Sequence[DrawnAnswer], futures: Sequence[Future[Grade]]) -> Group:
-        grades, drops_cut = [future.result() for future in futures], self.options.cut == "drop"
+    def _submitted(self, store: RowStore, row: int, answers: Sequence[DrawnAnswer]) -> list[Future[Grade]]:
+        item = self.prompts[store][row].kept
+        return [
+            self.pool.submit(Answer(drawn.text, ended=drawn.ended, tokens=len(drawn.ids)), item) for drawn in answers
+        ]
+
+    def _graded(self, row: int, answers: Sequence[DrawnAnswer], grades: Sequence[Grade]) -> Group:
+        drops_cut = self.options.cut == "drop"
         rewards = [
             None if drops_cut and not answer.ended else grade.reward
             for answer, grade in zip(answers, grades, strict=True)
@@ -199,23 +251,25 @@ class Drawing:
             strip=True,
         )
 
-    def view(self, state: TrainState, groups: Sequence[Group]) -> TrainState:
-        """The state with the answers of these groups as its rows: those that teach something, which have all other
-        answers' share in the divisor too; the shortest one where none does, for an update without a gradient."""
+    def view(self, state: TrainState, groups: Sequence[Group], old: Sequence[NDArray[np.float32]] = ()) -> TrainState:
+        """The state with the answers of these groups as its rows, see `_learnt`. `old`: [N] of each of these rows, log
+        π_old; none: the weights that learn have drawn them."""
+        view = self._learnt(state, groups)
+        _fill(view, "old", old)
+        if self.options.kl:
+            with state.attachment.adapter_disabled():
+                _fill(view, "reference", self.measured(view))
+        return view
+
+    def _learnt(self, state: TrainState, groups: Sequence[Group]) -> TrainState:
+        """The state with those answers as its rows that teach something, which have all other answers' share in the
+        divisor too; the shortest one where none does, for an update without a gradient."""
         options, worth = self.options, self._worth(groups)
         lengths = [len(group.answers[i].ids) for group, i, _ in worth]
         learnt = [entry for entry in worth if entry[2] != 0 or options.kl]
         learnt = learnt or [min(worth, key=lambda entry: len(entry[0].answers[entry[1]].ids))]
         store = AnswerStore([self._row(state.store, *entry) for entry in learnt], divisor(lengths, options))
-        view = self._over(state, store)
-        if options.kl:
-            with state.attachment.adapter_disabled():
-                reference = self.measured(view)
-            at = VALUE_COLUMNS.index("reference")
-            for row, logps_N in zip(store.rows, reference, strict=True):
-                assert row.values_NC is not None, "made above"
-                row.values_NC[:, at] = logps_N
-        return view
+        return self._over(state, store)
 
     def _worth(self, groups: Sequence[Group]) -> list[Worth]:
         worth: list[Worth] = []
@@ -247,6 +301,7 @@ class Drawing:
             seed=self.recipe.seed,
             ids_of=(lambda row: store.row(row).ids) if self.shares else None,
             pass_cost=state.sampler.pass_cost,
+            part=state.sampler.part,
         )
         as_rows = cast(RowStore, store)  # all that steps and batches read of one
         collator = replace(state.collator, store=as_rows, shares=self.shares)
@@ -254,7 +309,7 @@ class Drawing:
 
     @torch.no_grad()
     def measured(self, view: TrainState) -> list[NDArray[np.float32]]:
-        """[N] of each row, log π of its tokens as the learner's passes find it."""
+        """[N] of each row, log π of its tokens as the learner's passes find it, on whichever rank."""
         logps: dict[int, NDArray[np.float32]] = {}
         view.model.train()  # without dropout, and in which layers are recomputed
         for rows in view.sampler.step(1):
@@ -262,7 +317,8 @@ class Drawing:
             logp_N = log_probs(view.model, batch, self.options.temperature, self.output).float().cpu().numpy()
             row_of_N = batch.row_of_N.cpu().numpy()
             logps |= {row: logp_N[row_of_N == b] for b, row in enumerate(batch.row_indices)}
-        return [logps[row] for row in range(len(logps))]
+        logps = all_rows(view.world, logps)
+        return [logps[row] for row in range(len(view.store))]
 
     def _refuse_ungraded(self, groups: Sequence[Group], step: int) -> None:
         grades = [grade for group in groups for grade in group.grades]
@@ -292,6 +348,14 @@ def seeds_of(store: RowStore, rows: Sequence[int], *, seed: int, step: int) -> l
         seeds.append(int(sort_keys(key, seed, step, salt=SEEDS, copy=seen[int(content)])[0] >> np.uint64(1)))
         seen[int(content)] += 1
     return seeds
+
+
+def _fill(view: TrainState, column: str, logps: Sequence[NDArray[np.float32]]) -> None:
+    """Write log-probabilities [N] of each row into a column of its numbers."""
+    for row, logps_N in enumerate(logps):
+        numbers_NC = view.store.row(row).values_NC
+        assert numbers_NC is not None, "its rows are answers"
+        numbers_NC[:, VALUE_COLUMNS.index(column)] = logps_N
 
 
 def _numbers(answer: DrawnAnswer, advantage: float, *, by_answer: bool) -> NDArray[np.float32]:
@@ -329,11 +393,13 @@ def _mean_score(grades: Sequence[Grade], name: str) -> float:
     return math.fsum(scores) / len(scores)
 
 
-def _found(seen: Seen, options: Reinforce) -> Record:
-    """Values of the tokens that were learnt: their mismatch with what drew them, and what became of their losses."""
-    if not seen:
+def _found(world: World, seen: Seen, options: Reinforce) -> Record:
+    """Values of the tokens that were learnt, on all ranks: their mismatch with what drew them, and what became of their
+    losses."""
+    by_row = all_rows(world, {row: sums_S.cpu().numpy() for row, sums_S in seen.items()})
+    if not by_row:
         return {}
-    sums_BS = torch.stack([seen[row] for row in sorted(seen)]).double().cpu()
+    sums_BS = torch.tensor(np.stack([by_row[row] for row in sorted(by_row)])).double()
     of = dict(zip(STATS, sums_BS.sum(0).tolist(), strict=True))
     values = {key: of[key] / of["tokens"] for key in ("mismatch", "corrected", "clipped_low", "clipped_high")}
     values["largest_mismatch"] = float(sums_BS[:, STATS.index("largest")].max())

@@ -13,7 +13,7 @@ from tunesmith.evaluation.scores import RowResult
 from tunesmith.graders.prompts import reference_of
 from tunesmith.phrases import plural
 from tunesmith.recipe.schema import resolved
-from tunesmith.training.draw import HELD_OUT, Group
+from tunesmith.training.groups import Group
 from tunesmith.training.progress import Session
 from tunesmith.types import JsonObject
 
@@ -27,7 +27,7 @@ def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[Ro
     assert drawing is not None, "its rows are prompts"
     store, rows = setup.rows.held_store, setup.rows.held_rows.tolist()
     options = setup.recipe.reinforce
-    groups, _ = drawing.drawn(setup, store, rows, step=HELD_OUT, num=options.held_out_samples)
+    groups = drawing.held_out(setup, store, rows)
     drawing.kept.flush()
     results = [
         (group.row, result)

@@ -23,7 +23,7 @@ STREAMS_ON_CARD = 256
 
 
 def streams_of(answers: int, device: str) -> int:
-    """The value of `reinforce.streams: auto` for a step of so many answers."""
+    """The value of `reinforce.streams: auto` on a device, from the answers of a draw."""
     return min(answers, STREAMS.get(device.partition(":")[0], STREAMS_ON_CARD))
 
 

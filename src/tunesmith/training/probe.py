@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from pydantic import TypeAdapter
 from tunesmith.data.sampler import micro_batches_of
 from tunesmith.environment import for_child, python_words
 from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
-from tunesmith.evaluation.generate import batch_size, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
+from tunesmith.generation.writing import written_together
 from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.forecast import Duration, Forecast, Kind, heaviest, targets_of
@@ -36,7 +37,7 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import remove, temporary_folder, write_atomic
-from tunesmith.training.answers import continuation
+from tunesmith.training.answers import continuation, writer_of
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.summary import length_histogram
@@ -224,15 +225,16 @@ def _take_steps(setup: Setup, result: Found) -> Iterator[None]:
     mean = float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch
     others = [step for step in range(1, min(steps, STEPS_LOOKED_AT) + 1) if step != heavy.step]
     usual = sorted(others, key=lambda step: abs(sum(setup.rows.store.lengths[sampler.rows(step)]) - mean))[:MORE]
-    spent = 0.0
-    for number, step in enumerate([heavy.step, *usual]):
-        event = next(training_steps(setup, start=step - 1))
-        if (halved := event.values.get("tokens_per_pass")) is not None:
-            result.notes.append(f"memory ended in step {step}: its passes had to be of {halved:,} tokens")
-        seconds = event.timing["seconds"]
-        result.steps.append(Timed(seconds, event.values["tokens"], step=step))
-        yield
-        spent += seconds if number else seconds / 2  # a heavy step of a minute is the only one
+    spent, of_draw = 0.0, setup.recipe.reinforce.updates if setup.drawing is not None else 1
+    for number, wanted in enumerate([heavy.step, *usual]):
+        before = wanted - 1 - (wanted - 1) % of_draw  # steps that share a draw are made together
+        for event in islice(training_steps(setup, start=before), of_draw):
+            if (halved := event.values.get("tokens_per_pass")) is not None:
+                result.notes.append(f"memory ended in step {event.step}: its passes had to be of {halved:,} tokens")
+            seconds = event.timing["seconds"]
+            result.steps.append(Timed(seconds, event.values["tokens"], step=event.step))
+            yield
+            spent += seconds if number else seconds / 2  # a heavy step of a minute is the only one
         if spent > USUAL_S or (number >= USUAL_STEPS and spent > MORE_S):
             return
 
@@ -260,19 +262,21 @@ def _measure_rows(setup: Setup) -> Timed | None:
 
 def _answer(setup: Setup) -> Timed:
     """The next token of as many answers as are written together: of rows that they begin, or of prompts."""
+    writer = replace(writer_of(setup), new_tokens=MORE_WORDS, is_endless=True)
     if (writing := continuation(setup, "after")) is not None:
-        rows = list(writing.wanted)[: writing.together([*map(setup.rows.held_store.lengths.item, writing.wanted)])]
-        writing = replace(writing, stop_ids=frozenset(), new_tokens=MORE_WORDS, most_tokens=sys.maxsize)
-        tokens = setup.sampler.tokens_per_pass
+        lengths = [int(setup.rows.held_store.lengths[row]) for row in writing.wanted]
+        rows = list(writing.wanted)[: written_together(max(lengths, default=0) + MORE_WORDS, writer.cache)]
+        writing, tokens = replace(writing, writer=writer), setup.sampler.tokens_per_pass
         predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=tokens, answering=writing)
         if writing.answers and writing.seconds:
             return Timed(writing.seconds, MORE_WORDS)
-    samples = setup.samples
-    size = batch_size(max(len(sample.ids) for sample in samples), MORE_WORDS, setup.sampler.tokens_per_pass)
-    prompts, taken = [sample.ids for sample in samples[:size]], []
+    longest = max(len(sample.ids) for sample in setup.samples)
+    prompts = [sample.ids for sample in setup.samples[: written_together(longest + MORE_WORDS, writer.cache)]]
+    taken = list[float]()
     for words in (FEW_WORDS, FEW_WORDS, MORE_WORDS):  # the very first answer is slower
+        writer = replace(writer, new_tokens=words)
         began = time.perf_counter()
-        generate(setup.model, setup.renderer, prompts, words)
+        writer.write(prompts)
         taken.append(time.perf_counter() - began)
     return Timed(max(0.0, taken[2] - taken[1]), MORE_WORDS - FEW_WORDS)
 

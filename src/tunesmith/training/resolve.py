@@ -176,10 +176,8 @@ def _forecasting(notes: list[str]) -> Iterator[None]:
 
 def _on_devices(decisions: Decisions, world: World) -> int:
     """Decide the number of devices, as many as the group has; how many processes of it are on this machine."""
-    recipe = decisions.recipe
     if world.size > 1:
-        if recipe.reinforce.grader is not None or (recipe.task != "auto" and TASKS[recipe.task].samples):
-            raise RecipeError(f"devices: {world.size}: task reinforce trains on one device. Start one process.")
+        recipe = decisions.recipe
         if recipe.distil.teacher is not None or recipe.task == DISTIL.name:
             raise RecipeError(f"devices: {world.size}: task distil trains on one device. Start one process.")
         decisions.set("devices", world.size)
@@ -194,8 +192,10 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
     decide_seeing(decisions, rows)
     decide(decisions, facts)
     if rows.is_prompts and decisions.is_open("reinforce.streams"):
-        of_step = resolved(decisions.recipe.train.rows_per_step) * decisions.recipe.reinforce.samples
-        decisions.set("reinforce.streams", streams_of(of_step, facts.device))
+        options = decisions.recipe.reinforce
+        prompts = resolved(decisions.recipe.train.rows_per_step) * options.updates
+        of_device = -(-prompts // resolved(decisions.recipe.devices)) * options.samples
+        decisions.set("reinforce.streams", streams_of(of_device, facts.device))
     steps_per_epoch = sampler_of(decisions.recipe, rows, "padded", "cpu").steps_per_epoch  # same on any layout
     if decisions.recipe.evaluation.every == "epoch":
         why = next((choice.reason for choice in decisions.choices if choice.key == "evaluation.every"), "")
@@ -243,7 +243,7 @@ def _forecast(
     notes += [Aside(ON_POLICY)] if recipe.distil.on_policy else []
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
-    can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
+    can_split = recipe.shard == "auto" and not rows.is_prompts and not why_whole(recipe, inputs.located, inputs.kind)
     if recipe.shard == "auto":
         recipe = with_options(recipe, {"shard": False})
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
@@ -279,7 +279,8 @@ def _forecast(
     if inputs.recipe.checkpoint.every == "auto" and (saving := _saving(steps, forecast, folder)):
         recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
         forecast = predict(recipe)
-    notes.extend(_few_rows(resolved(recipe.train.rows_per_step), size, forecast))
+    if not rows.is_prompts:  # which are several answers each
+        notes.extend(_few_rows(resolved(recipe.train.rows_per_step), size, forecast))
     decisions.decide(*fitted)
     return forecast
 
@@ -359,8 +360,10 @@ def _speaks(inputs: Inputs) -> bool:
 
 
 def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
-    """The rows, with what is learnt from them; options that follow from them are decided."""
+    """The rows, with what is learnt from them; options that follow from them are decided. Raises InputError for a
+    grader that cannot be read, or that names a field which the first row lacks."""
     recipe = inputs.recipe
+    grader = graders.load(recipe.grader_at) if TASKS[resolved(recipe.task)].samples else None
     rows = encode_rows(
         recipe.data,
         inputs.renderer,
@@ -378,6 +381,9 @@ def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progre
     masked = recipe.train.masked if inputs.head == "masked_token" else None
     write_targets(rows.sides, labels=rows.labels, masked=masked, partner_tokens=partner_tokens(recipe))
     _check_evaluation(recipe.evaluation, inputs.head, rows)
+    if grader is not None:
+        store, rows_I = rows.sides[0]
+        graders.check_variables(grader, next(iter(rows.prompts(store, rows_I[:1]).values())).kept)
     return rows
 
 

@@ -22,6 +22,7 @@ NAMED_LATER = {
     "setting data.limits.images": "64",
     "setting data.limits.image_bytes": "20971520",
     "setting data.limits.image_pixels": "24000000",
+    "setting reinforce.updates": "1",
 }
 """Settings that earlier versions did not record, with the values that they used; each new option goes here."""
 MEASURES_LATER = "setting evaluation.samples_before"

@@ -94,6 +94,7 @@ def share_start(session: Session, newest: checkpoint.Checkpoint | None, *, saves
         return
     own_run(session.run, 0)
     facts = {"run": str(session.run.path.absolute()), "progress": asdict(session.progress), "is_fresh": newest is None}
+    facts["drawn"] = {} if newest is None else newest.state.get("drawn", {})
     setup.world.gather_values({**facts, "saves": saves and newest is not None})
     _broadcast_weights(setup)
     pieces = {} if newest is None else {name: newest.weights[name] for name in setup.attachment.shards}
@@ -104,6 +105,8 @@ def share_start(session: Session, newest: checkpoint.Checkpoint | None, *, saves
 def receive_start(setup: Setup) -> GroupStart:
     """Take what `share_start` gives on the first rank."""
     facts = setup.world.gather_values(None)[0]
+    if setup.drawing is not None:
+        setup.drawing.take(facts["drawn"])
     _broadcast_weights(setup)
     with torch.no_grad():
         for name, piece in (broadcast(setup, None) or {}).items():

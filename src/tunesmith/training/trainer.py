@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -229,6 +229,8 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
             )
             restore(setup.attachment, weights)
             setup.optimizer.load(optimizer)
+            if setup.drawing is not None:
+                setup.drawing.take(newest.state.get("drawn", {}))
             session.emit("resume", {"from_step": newest.step})
         share_start(session, newest, saves=bool(settings))
         if settings:
@@ -255,7 +257,8 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
     setup.world.wants_stop = lambda: session.listener.should_stop() or run.stop_asked()
     if setup.drawing is not None:
         setup.drawing.tick = session.listener.on_progress
-        setup.drawing.keep_in(run.path)
+        for text in setup.drawing.keep_in(run.path) if setup.world.is_first else ():
+            session.emit("note", {"text": text})
     try:
         with setup.world.passing():
             _run(session, fresh=fresh, planned=planned)
@@ -311,7 +314,8 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
         is_usual = all("pooler." in name for name in still)  # a layer of BERT that other heads do not read
         session.emit("note", {"text": text, **({"detail": True} if is_usual else {})})
     _keep_best(session)
-    evaluate_run(session, "after")
+    with _saved_ungraded(session):
+        evaluate_run(session, "after")
     if setup.world.is_first:
         rows = list(rows_of(run, "after").values())
         for text in symptoms(setup.task.name, list(run.events()), rows, setup.recipe.loss):
@@ -358,7 +362,8 @@ def _take_steps(session: Session) -> None:
             session.emit("note", {"text": _halved(event)})
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
-            measure_on_the_way(session)
+            with _saved_ungraded(session):
+                measure_on_the_way(session)
         if event.step in snapshot_steps(setup):
             keep_snapshot(session, at="epoch")
         over = not last and _patience_is_over(session)
@@ -375,15 +380,23 @@ def _take_steps(session: Session) -> None:
             _stop_if_requested(session, saved=due)
 
 
-def _steps_or_saved(session: Session) -> Iterator[Event]:
-    """Yield the steps. If memory runs out for good, save the steps so far and say how to continue."""
+@contextmanager
+def _saved_ungraded(session: Session) -> Iterator[None]:
+    """A block whose answers are graded: where too few have a reward, the steps so far are saved, and how to go on is
+    said."""
     try:
-        yield from training_steps(session.setup, start=session.progress.step)
+        yield
     except UngradedError as error:
         save(session)
         way = f"Mend what it needs and go on: {command('resume', session.run.path)}. An edited grader is a new run's."
-        message = f"{error} Saved: step {session.progress.step}. {way}"
-        raise UngradedError(message) from error
+        raise UngradedError(f"{error} Saved: step {session.progress.step}. {way}") from error
+
+
+def _steps_or_saved(session: Session) -> Iterator[Event]:
+    """Yield the steps. If memory runs out for good, save the steps so far and say how to continue."""
+    try:
+        with _saved_ungraded(session):
+            yield from training_steps(session.setup, start=session.progress.step)
     except OutOfMemoryError as error:
         save(session)
         num_layers = len(layers_of(session.setup.model))

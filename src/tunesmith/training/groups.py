@@ -1,0 +1,94 @@
+"""Answers to the prompts of a step with their grades, drawn at the step or some steps before it: as JSON, so that a
+checkpoint between a draw and its last step has what is left of it, and as all ranks have them together."""
+
+# N trained tokens of an answer
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.generation.draws import DrawnAnswer
+from tunesmith.graders.grade import Grade
+from tunesmith.parallel.world import World
+from tunesmith.types import JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The answers to one prompt, and their grades."""
+
+    row: int
+    answers: Sequence[DrawnAnswer]
+    grades: Sequence[Grade]
+
+    rewards: Sequence[float | None]
+    """None: the answer has no reward, or was cut and is left out."""
+
+    @property
+    def scored(self) -> list[float]:
+        """The rewards of the answers that count."""
+        return [reward for reward in self.rewards if reward is not None]
+
+    def values(self) -> JsonObject:
+        """As JSON; floats are exact in it."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: JsonObject) -> Group:
+        """The group that has these values."""
+        grades = [Grade(**grade) for grade in values["grades"]]
+        return cls(values["row"], [_answer(answer) for answer in values["answers"]], grades, values["rewards"])
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnStep:
+    """The groups of one step."""
+
+    groups: Sequence[Group]
+    old: Sequence[NDArray[np.float32]] = ()
+    """[N] of each row that the step learns: log π_old, by the weights that drew it. None: the step draws by the weights
+    that it updates."""
+    timing: dict[str, float] = field(default_factory=dict)
+
+    def values(self) -> JsonObject:
+        """As JSON; the seconds that it took are left out."""
+        return {"groups": [group.values() for group in self.groups], "old": [logps_N.tolist() for logps_N in self.old]}
+
+    @classmethod
+    def of(cls, values: JsonObject) -> DrawnStep:
+        """The step that has these values."""
+        old: list[Any] = [np.array(logps, np.float32) for logps in values["old"]]
+        return cls([Group.of(group) for group in values["groups"]], old)
+
+
+def all_answers(world: World, mine: Sequence[Sequence[DrawnAnswer]], num: int) -> list[list[DrawnAnswer]]:
+    """The answers to all `num` prompts in their order, of which this rank has drawn a share."""
+    if world.size == 1:
+        return list(map(list, mine))
+    ranks = world.gather_values([[asdict(answer) for answer in of_prompt] for of_prompt in mine])
+    return [[_answer(values) for values in ranks[at % world.size][at // world.size]] for at in range(num)]
+
+
+def first_grades(world: World, grades: Sequence[Sequence[Grade]]) -> list[list[Grade]]:
+    """The grades that the first rank has made, on every rank."""
+    if world.size == 1:
+        return list(map(list, grades))
+    first = world.gather_values([[asdict(grade) for grade in of_prompt] for of_prompt in grades])[0]
+    return [[Grade(**values) for values in of_prompt] for of_prompt in first]
+
+
+def all_rows(world: World, mine: Mapping[int, NDArray[np.float32]]) -> dict[int, NDArray[np.float32]]:
+    """The values of all rows, of which each rank has computed some."""
+    if world.size == 1:
+        return dict(mine)
+    ranks = world.gather_values([(row, values.tolist()) for row, values in sorted(mine.items())])
+    return {row: np.array(values, np.float32) for of_rank in ranks for row, values in of_rank}
+
+
+def _answer(values: JsonObject) -> DrawnAnswer:
+    return DrawnAnswer(tuple(values["ids"]), tuple(values["logps"]), values["text"], values["ended"])
