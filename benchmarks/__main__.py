@@ -19,6 +19,7 @@ from benchmarks import serve as race
 from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, cut_rows, read_rows
 from benchmarks.devices import add_devices
 from benchmarks.embeddings import add_embeddings
+from benchmarks.experts import add_experts
 from benchmarks.group import add_group
 from benchmarks.measured import machine, versions
 from benchmarks.methods_command import add_methods
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add_devices(verbs)
     add_group(verbs)
     add_embeddings(verbs)
+    add_experts(verbs)
     add_methods(verbs)
     add_preferences(verbs)
     add_reinforce(verbs)

@@ -40,6 +40,10 @@ def make_inputs(folder: Path) -> None:
     """A two-layer model, twenty chats and their recipe, for all ranks."""
     recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 2}, **QUIET)
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
+    few = {"epochs": 1, "max_steps": 4}
+    with_experts = {"name": "lora", "rank": 4, "alpha": 8, "targets": ["all-linear", "experts"]}
+    recipe = tiny_recipe(folder, arch="qwen3_moe", rows=20, method=with_experts, train=few, **QUIET)
+    (folder / "experts.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     write_alike(folder / "alike.jsonl")
     options = {"train": {"epochs": 1, "rows_per_step": 12, "tokens_per_pass": 200}, **QUIET}
     recipe = task_recipe(folder, "embed", "encoder", dropout=0.2, **options)
@@ -95,6 +99,12 @@ def lora(folder: Path) -> Any:
 
 def full(folder: Path) -> Any:
     return steps(folder, "full")
+
+
+def experts(folder: Path) -> Any:
+    """Adapters on experts, some of which no token of a rank goes to."""
+    with together_as(validate(json.loads((folder / "experts.json").read_text())), folder) as made:
+        return steps_of(made)
 
 
 def few_rows(folder: Path) -> Any:

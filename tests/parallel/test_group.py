@@ -22,11 +22,11 @@ from tunesmith.training.step import _step_seed
 from tunesmith.training.trainer import resume, train
 
 SCENARIOS = (
-    "lora", "full", "few_rows", "other_rows_planted", "drift_planted", "seeds", "memory_ends", "memory_is_gone",
-    "not_finite", "straight", "stopped", "another_recipe", "resumed", "started_again", "without_folder",
-    "less_memory", "less_memory_planted", "slow_rows", "slow_rows_planted", "other_data", "other_version",
-    "saved_by_the_library", "alike", "alike_planted", "apart", "apart_swapped", "apart_again", "looking",
-    "looking_in_small_passes",
+    "lora", "full", "experts", "few_rows", "other_rows_planted", "drift_planted", "seeds", "memory_ends",
+    "memory_is_gone", "not_finite", "straight", "stopped", "another_recipe", "resumed", "started_again",
+    "without_folder", "less_memory", "less_memory_planted", "slow_rows", "slow_rows_planted", "other_data",
+    "other_version", "saved_by_the_library", "alike", "alike_planted", "apart", "apart_swapped", "apart_again",
+    "looking", "looking_in_small_passes",
 )  # fmt: skip
 PLANTED = (
     "averaged_planted", "own_divisor_planted", "seeds_planted", "memory_is_gone_planted", "not_finite_planted",
@@ -81,6 +81,10 @@ def assert_same_steps(ranks: list[Any], one: dict[str, Any]) -> None:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_ranks_take_the_steps_of_one(found: Found, folder: Path, method: str) -> None:
     assert_same_steps(both(found, method), alone(folder, method))
+
+
+def test_two_ranks_adapt_experts_as_one_does(found: Found, folder: Path) -> None:
+    assert_same_steps(both(found, "experts"), _alone(folder, (folder / "experts.json").read_text("utf-8")))
 
 
 @pytest.mark.slow

@@ -176,6 +176,7 @@ def test_layers_are_split_where_a_whole_model_does_not_fit(folder: Path) -> None
 REFUSED = {
     "method.name=dora": "method.name: dora",
     "method.also_train=[embed_tokens]": "method.also_train",
+    "method.targets=[all-linear,experts]": "method.targets: experts",
     "precision=float16": "precision: float16",
     "devices=1": "devices: 1",
     "method=full optim.name=muon": "optim.name: muon",

@@ -51,6 +51,26 @@ def test_what_is_held_is_what_a_prepared_run_holds(tmp_path, method, precision):
     assert sizes.layers == 2
 
 
+WITH_EXPERTS = {"rank": 4, "targets": ["all-linear", "experts"]}
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_experts_are_held_whole_and_computed_as_far_as_a_token_meets_them(tmp_path, name):
+    recipe = with_options(tiny_recipe(tmp_path, arch="qwen3_moe"), {"method": {"name": name, **WITH_EXPERTS}})
+    setup = prepare(recipe, root=tmp_path)
+    sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
+    held = held_by(setup)
+    assert {key: getattr(sizes, key) for key in held if key != "weights"} == {
+        key: num for key, num in held.items() if key != "weights"
+    }
+    # Two of four experts of 32 inner numbers, and attention of 4 heads of 16 and 2 of keys and values; 2 layers.
+    inside = 2 * ((64 + 2 * 32) + (32 + 64)) + (64 + 64) * 2 + (64 + 32) * 2
+    assert sizes.features == 2 * inside
+    assert sizes.linear_weights == 2 * (2 * 3 * 64 * 32 + 2 * 64 * 64 + 2 * 64 * 32)
+    # In 4 bits one matrix of a layer or expert is unpacked at a time, and small tensors have scales of their own.
+    assert sizes.weights == pytest.approx(held["weights"], rel=0.0 if name == "lora" else 0.1)
+
+
 def test_layers_that_only_images_pass_through_keep_nothing(tmp_path):
     recipe = tiny_recipe(tmp_path)
     seeing_model(vocab_size=len(tiny_tokenizer())).save_pretrained(recipe.model)

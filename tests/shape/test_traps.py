@@ -11,6 +11,7 @@ REQUIRED = {
     *(f"T{n}" for n in range(1, 23)),
     *(f"R{n}" for n in (*range(1, 9), *range(19, 24), 38)),
     *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15", "A18", "A19", "A20"),  # adapters
+    *(f"A{n}" for n in range(21, 27)),  # experts
     *("A13", "A14"),  # GGUF
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
     *(f"S{n}" for n in (*range(1, 9), *range(10, 13), *range(20, 31))),

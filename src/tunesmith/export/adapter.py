@@ -118,7 +118,9 @@ def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject
 def servers(result: RunResult, config: Record) -> str:
     """Programs that load the adapter: besides peft they read low-rank paths of decoders alone."""
     rank = next((rank for rank in VLLM_RANKS if rank >= int(config.get("r", 0))), None)
-    more = ("use_dora", "trainable_token_indices", "modules_to_save", "rank_pattern", "alpha_pattern")
+    more = (
+        "use_dora", "trainable_token_indices", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters",
+    )  # fmt: skip
     is_low_rank = config["peft_type"] == "LORA" and not any(config.get(key) for key in more)
     is_low_rank = is_low_rank and config.get("bias", "none") == "none"
     on_embeddings = any(name.rpartition(".")[2] in _EMBEDDINGS for name in result.adapted)

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
+from tunesmith.methods import expert_format
+from tunesmith.methods.expert_lora import ExpertLora
 from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, put_adapters
 from tunesmith.methods.lora_layer import LoraLinear, shape_OI
 from tunesmith.methods.new_token_embeddings import ROWS_SUFFIX, tables
 from tunesmith.methods.targets import (
     Target,
     check_expression,
+    expert_targets,
     is_inside,
     matches,
     named_targets,
@@ -32,6 +35,7 @@ from tunesmith.methods.targets import (
 )
 from tunesmith.models import heads
 from tunesmith.models.pooling import write_pooling
+from tunesmith.models.quantized_experts import QuantizedExperts
 from tunesmith.models.save import save_tokenizer
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
@@ -61,7 +65,8 @@ _READ = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
+    "use_dora", "use_rslora",
 }  # fmt: skip
 """Keys of a config that are read here, or do not change what the adapter computes."""
 
@@ -102,6 +107,10 @@ def base_reference(located: ModelRef) -> str:
 def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) -> JsonObject:
     """The adapter_config.json of an adapter."""
     settings, rows, sizes = attachment.settings, attachment.rows, attachment.sizes
+    linears = {name: layer for name, layer in attachment.layers.items() if isinstance(layer, LoraLinear)}
+    products = [target.name for target in expert_targets(attachment.model)]
+    adapted_products = dict.fromkeys(_products(attachment))
+    of_experts = {"target_parameters": shortest_ends(adapted_products, products, least=2)}
     return {
         "peft_type": "LORA",
         "task_type": task_type(attachment.model),
@@ -110,8 +119,8 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
         "r": settings.rank,
         "lora_alpha": _as_int(settings.alpha),
         "lora_dropout": settings.dropout,
-        "target_modules": shortest_ends(attachment.layers, module_names(attachment.model)),
-        "fan_in_fan_out": any(layer.is_transposed for layer in attachment.layers.values()),
+        "target_modules": shortest_ends(linears, module_names(attachment.model)),
+        "fan_in_fan_out": any(layer.is_transposed for layer in linears.values()),
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -125,7 +134,13 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
         "alpha_pattern": {
             f"^{name}": _as_int(size.alpha) for name, size in sizes.items() if size.alpha != settings.alpha
         },
+        **(of_experts if adapted_products else {}),
     }
+
+
+def _products(attachment: LoraAttachment) -> list[str]:
+    """The adapted products of experts, in the order of the model."""
+    return [name for name, layer in attachment.layers.items() if isinstance(layer, ExpertLora)]
 
 
 def task_type(model: PreTrainedModel) -> str | None:
@@ -144,12 +159,13 @@ def head_modules(model: PreTrainedModel, weights: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def shortest_ends(chosen: Mapping[str, object], all_names: Sequence[str]) -> list[str]:
-    """The shortest ends of names that mean the `chosen` modules and no other of `all_names`, as in peft."""
+def shortest_ends(chosen: Mapping[str, object], all_names: Sequence[str], *, least: int = 1) -> list[str]:
+    """The shortest ends of names, of at least `least` parts, that mean the `chosen` modules and no other of
+    `all_names`, as in peft."""
     ends = set()
     for name in chosen:
         parts = name.split(".")
-        for start in range(len(parts) - 1, -1, -1):
+        for start in range(len(parts) - least, -1, -1):
             end = ".".join(parts[start:])
             if all(other in chosen for other in all_names if other == end or other.endswith("." + end)):
                 ends.add(end)
@@ -158,9 +174,10 @@ def shortest_ends(chosen: Mapping[str, object], all_names: Sequence[str]) -> lis
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """Names of the modules as they are without adapters."""
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLinear))
-    return [name for name, _ in model.named_modules() if not (inside and name.startswith(inside))]
+    """Names of the modules as they are without adapters, and with experts as the tensors that they are."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, (LoraLinear, ExpertLora)))
+    modules = [(name, module) for name, module in model.named_modules() if not (inside and name.startswith(inside))]
+    return [name for name, module in modules if not isinstance(module, (ExpertLora, QuantizedExperts))]
 
 
 def check_patterns(config: Record) -> None:
@@ -193,7 +210,7 @@ def _tensors(attachment: LoraAttachment) -> dict[str, Tensor]:
     masters = {id(weight): attachment.trained[name] for name, weight in attachment.weights.items()}
     for name, weight in _saved_modules(attachment.model, attachment.whole.modules).items():
         tensors[name] = masters[id(weight)].clone()  # tied ones are there twice, and safetensors wants no sharing
-    return tensors
+    return expert_format.to_file(tensors, _products(attachment))
 
 
 def _whole_modules(attachment: LoraAttachment) -> list[str]:
@@ -228,7 +245,7 @@ class SavedConfig:
         def is_listed(words: str | Sequence[str] | None) -> bool:
             if isinstance(words, str):
                 return matches(words, name, whole=True)
-            return any(name == word or name.endswith("." + word) for word in words or ())
+            return any(_is_end(word, name) for word in words or ())
 
         layers = self.config.get("layers_to_transform")
         if layers is not None:
@@ -236,6 +253,15 @@ class SavedConfig:
             if number is None or int(number[1]) not in ([layers] if isinstance(layers, int) else layers):
                 return False
         return is_listed(self.config["target_modules"]) and not is_listed(self.config.get("exclude_modules"))
+
+    def means_tensor(self, name: str) -> bool:
+        """Whether the tensor of this name is adapted."""
+        return any(_is_end(word, name) for word in self.tensor_words)
+
+    @property
+    def tensor_words(self) -> Sequence[str]:
+        """Ends of the names of tensors that are adapted, as experts are."""
+        return self.config.get("target_parameters") or ()
 
     def sized(self, target: Target) -> Adapted:
         """A layer with the rank and alpha of its adapter."""
@@ -247,6 +273,10 @@ class SavedConfig:
         """The tokens whose rows the adapter brings, as listed for each module; empty: none."""
         indices = self.config.get("trainable_token_indices") or {}
         return {tuple(ids) for ids in (indices.values() if isinstance(indices, dict) else [indices]) if ids}
+
+
+def _is_end(word: str, name: str) -> bool:
+    return name == word or name.endswith(f".{word}")
 
 
 def by_patterns(patterns: Record, name: str, default: float) -> Any:
@@ -265,10 +295,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
             weights that do not fit exactly the layers it names and the model's head; the model was not changed.
     """
     heads.check_labels(model, folder)
-    saved, tensors = read_config(folder), _read_weights(folder)
+    saved = read_config(folder)
+    experts = [target for target in expert_targets(model) if saved.means_tensor(target.name)]
+    tensors = expert_format.named_by_product(_read_weights(folder), [target.name for target in experts])
     named = {match["name"] for key in tensors if (match := _LAYER_KEY.fullmatch(key))}
-    meant = {name for name in module_names(model) if saved.means(name)}
-    targets = named_targets(model, named | meant)
+    meant = {name for name in module_names(model) if saved.means(name)} | {target.name for target in experts}
+    targets = [*named_targets(model, named | meant), *experts]
     linear = {name for target in targets for name in target.names}
     adapted = [saved.sized(target) for target in targets]
     whole_weights = _find_whole(saved, model)
@@ -277,6 +309,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     problems += [f"weights for {name}, which target_modules does not name" for name in sorted(named - meant)]
     problems += [f"{name} is adapted and whole" for name in sorted(linear) if is_inside(name, whole_weights.modules)]
     problems += tied_reasons(model, targets)
+    problems += [
+        f"target_parameters: {word} is no tensor of experts that adapters here can follow"
+        for word in saved.tensor_words
+        if not any(_is_end(word, target.name) for target in experts)
+    ]
     if len(ids) > 1:
         problems.append("rows of embedding and head are for different tokens")
     num_rows = min(len(weight) for weight in tables(model).values()) if ids else 0
@@ -299,7 +336,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     attachment = put_adapters(model, adapted, whole=whole_weights, settings=saved.settings, rows=rows)
     with torch.no_grad():
         for name, master in attachment.trained.items():
-            master.copy_(tensors[name])
+            master.copy_(expert_format.from_file(name, tensors[name], master))
     attachment.publish()
     return attachment
 
@@ -312,6 +349,8 @@ def read_low_rank(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     saved, tensors = read_config(folder), _read_weights(folder)
     if isinstance(saved.settings, DoraMethod):
         raise ModelError(f"{folder}: DoRA, which is more than low-rank paths on layers")
+    if saved.tensor_words:
+        raise ModelError(f"{folder}: target_parameters: adapters on experts cannot share a base")
     paths: dict[str, tuple[Tensor, Tensor, float]] = {}
     for key, a_RI in tensors.items():
         match = _LAYER_KEY.fullmatch(key)
@@ -351,15 +390,23 @@ def _settings(path: Path, config: JsonObject) -> LowRankMethod:
         unknown.append("init_lora_weights")
     if config.get("bias", "none") != "none":
         unknown.append("bias")
+    if config.get("target_parameters"):
+        unknown += [key for key in ("use_dora", "lora_dropout") if config.get(key)]  # which peft refuses there
     if unknown:
         raise ModelError(
             f"{path}: {', '.join(unknown)}: only LoRA and DoRA that leave the base as it is can be loaded. "
             "Merge this adapter with peft."
         )
     targets, place = config["target_modules"], "target_modules"
+    if targets is None and config.get("target_parameters"):
+        targets = []
     try:
         is_pattern = isinstance(targets, str)
         words = (f"re:^(?:{re.compile(targets).pattern})$",) if is_pattern else tuple(sorted(targets))
+        place = "target_parameters"
+        if isinstance(config.get(place), str):
+            raise TypeError("a list of names, not one name")
+        words += tuple(sorted(config.get(place) or ()))
         for place in ("rank_pattern", "alpha_pattern"):
             for pattern in config.get(place) or ():
                 re.compile(pattern)
@@ -409,6 +456,10 @@ def _shapes(
     """The shapes of everything that the file must hold, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in adapted:
+        if layer.target.is_of_experts:
+            module: Any = layer.target.module
+            shapes |= expert_format.shapes_in_file(layer.target.name, module.shape_EOI, layer.rank)
+            continue
         name, (num_outputs, num_inputs) = layer.target.name, shape_OI(layer.target.module)
         shapes |= {
             f"{name}.lora_A.weight": (layer.rank, num_inputs),

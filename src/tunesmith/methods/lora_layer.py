@@ -169,9 +169,8 @@ def lora_forward_reference(
     return F.linear(x, dense(weight), bias_O) + F.linear(F.linear(x, a_RI), b_OR) * scale
 
 
-def initial_matrices(layer: LoraLinear, *, name: str, seed: int) -> tuple[Tensor, Tensor]:
-    """float32 A [R, I], drawn from the seed and the layer's name, and B [O, R] of zeros."""
-    rank, num_inputs = layer.lora_A.shape
-    bound = 1 / math.sqrt(num_inputs)
-    a_RI = torch.empty(rank, num_inputs).uniform_(-bound, bound, generator=generator(seed, name))
-    return a_RI, torch.zeros(layer.lora_B.shape)
+def initial_matrices(layer: nn.Module, *, name: str, seed: int) -> tuple[Tensor, Tensor]:
+    """float32 A [..., R, I], drawn from the seed and the layer's name, and B [..., O, R] of zeros."""
+    a, b = layer.get_parameter("lora_A"), layer.get_parameter("lora_B")
+    bound = 1 / math.sqrt(a.shape[-1])
+    return torch.empty(a.shape).uniform_(-bound, bound, generator=generator(seed, name)), torch.zeros(b.shape)

@@ -1,4 +1,4 @@
-"""QLoRA's base: the linear layers of a loaded model are packed, one by one, before LoRA goes on it."""
+"""QLoRA's base: the linear layers and the experts of a model are packed, one by one, before LoRA goes on it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import RecipeError
-from tunesmith.methods.targets import PLAIN_FORWARDS, Target, find_modules, inner_linears, replace_module, tied_reasons
+from tunesmith.methods.targets import (
+    PLAIN_FORWARDS,
+    Target,
+    expert_targets,
+    find_modules,
+    inner_linears,
+    is_inside,
+    replace_module,
+    tied_reasons,
+)
+from tunesmith.models.experts import ExpertMatrix, expert_layer, is_experts
 from tunesmith.models.memory import free_cached_memory
-from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, check_installed
+from tunesmith.models.quantized import BLOCK, PackOnLoad, QuantizedLinear, check_installed
+from tunesmith.models.quantized_experts import QuantizedExperts, fits
 from tunesmith.phrases import size
 from tunesmith.recipe.methods import QloraMethod
 
@@ -19,23 +30,44 @@ BASE_FORMAT = "nf4 with scales in 8 bits"
 """Storage of the base's weights, in words."""
 
 
+PACKED = (QuantizedLinear, QuantizedExperts)
+
+
 def packing(settings: QloraMethod) -> PackOnLoad:
-    """The packing of linear layers as they are read; `quantize_base` packs what could not be.
+    """The packing of weights as they are read; `quantize_base` packs what could not be.
 
     Raises RecipeError where bitsandbytes is not installed.
     """
     check_installed()
-    # Whatever is read is on the device where it stays.
     return PackOnLoad(
-        lambda model: [target.name for target in _choose(model, settings)[0] if len(target.names) == 1],
-        lambda module: _pack(module, device=module.get_parameter("weight").device),
+        lambda model: [_weight_name(target) for target in _choose(model, settings)[0] if len(target.names) == 1],
+        _pack_read,
         element_size=ELEMENT_SIZE,
     )
 
 
+def _weight_name(target: Target) -> str:
+    """The name of a layer's weight in a plain model: a product of experts is the tensor itself."""
+    return target.name if target.is_of_experts else f"{target.name}.weight"
+
+
+@torch.no_grad()
+def _pack_read(model: PreTrainedModel, name: str) -> nn.Module:
+    """Pack the weight of this name, which has been read, on the device where it is; the layer that it is now."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if is_experts(parent):
+        target = Target((name,), expert_layer(parent, name.rpartition(".")[2]))
+    else:
+        target = Target((name.removesuffix(".weight"),), parent)
+    packed = _pack(target.module, device=model.get_parameter(name).device)
+    replace_module(model, target, packed)
+    return packed
+
+
 @torch.no_grad()
 def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str | torch.device) -> tuple[str, ...]:
-    """Pack the linear layers inside the decoder and encoder layers, and move the model to `device`; notes.
+    """Pack the linear layers and the experts inside the decoder and encoder layers, and move the model to `device`;
+    notes.
 
     Modules that are trained whole, embeddings, norms and the head keep their weights. Each layer is packed on
     `device` and released before the next, so that neither side ever holds two models. Layers that `packing`
@@ -49,16 +81,21 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
     targets.reverse()
     while targets:
         target = targets.pop()
-        if not isinstance(target.module, QuantizedLinear):
+        if not isinstance(target.module, PACKED):
             replace_module(model, target, _pack(target.module, device=device))
     model.to(device)
     free_cached_memory()  # otherwise the heap stays as large as the weights that were packed
-    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    before = size(sum(layer.weight_shape.numel() * layer.weight_dtype.itemsize for layer in packed))
-    after = size(sum(layer.num_bytes for layer in packed))
-    notes = [f"the base is quantised to {BASE_FORMAT}: {len(packed)} linear layers, {before} become {after}"]
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    experts = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    packed = [(layer.weight_shape.numel() * layer.weight_dtype.itemsize, layer.num_bytes) for layer in linears]
+    packed += [(layer.weight_shape.numel() * layer.dtype.itemsize, layer.num_bytes) for layer in experts]
+    before, after = (size(sum(column)) for column in zip(*packed, strict=True))
+    what = f"{len(linears)} linear layers" + (f" and {len(experts)} tensors of experts" if experts else "")
+    notes = [f"the base is quantised to {BASE_FORMAT}: {what}, {before} become {after}"]
     if left_out:
         notes.append(f"{left_out} linear layers are not quantised: they compute in their own way, or share a weight")
+    if odd := sum(not _can_pack(target) for target in expert_targets(model)):
+        notes.append(f"{odd} tensors of experts are not quantised: an expert's numbers are no multiple of {BLOCK}")
     return tuple(notes)
 
 
@@ -74,19 +111,29 @@ def _choose(model: PreTrainedModel, settings: QloraMethod) -> tuple[list[Target]
     ]
     if not targets:
         raise RecipeError("method.name: qlora: the model has no linear layer that can be quantised. Use method: lora.")
-    return targets, len(inside) - len(targets)
+    left_out = len(inside) - len(targets)
+    experts = [target for target in expert_targets(model) if not is_inside(target.name, modules)]
+    return [*targets, *filter(_can_pack, experts)], left_out
+
+
+def _can_pack(target: Target) -> bool:
+    return not isinstance(target.module, ExpertMatrix) or fits(target.module)
 
 
 @torch.no_grad()
-def _pack(module: nn.Module, *, device: str | torch.device) -> QuantizedLinear:
-    packed = QuantizedLinear(module, device=device)
+def _pack(module: nn.Module, *, device: str | torch.device) -> QuantizedLinear | QuantizedExperts:
+    packed: QuantizedLinear | QuantizedExperts
+    if isinstance(module, ExpertMatrix):
+        packed = QuantizedExperts(module, device=device)
+    else:
+        packed = QuantizedLinear(module, device=device)
     packed.train(module.training)
     return packed
 
 
 def unpack_base(model: PreTrainedModel) -> PreTrainedModel:
     """Replace every packed layer by an ordinary one with the weight that it unpacks to; returns the model."""
-    for target in inner_linears(model):
-        if isinstance(target.module, QuantizedLinear):
+    for target in (*inner_linears(model), *expert_targets(model)):
+        if isinstance(target.module, PACKED):
             replace_module(model, target, target.module.unpacked())
     return model

@@ -1,6 +1,7 @@
 """The layers and modules that the words of a recipe mean, in a model.
 
-A word is the end of a name (`q_proj`, `mlp.down_proj`), or `re:` and a regular expression to search names.
+A word is the end of a name (`q_proj`, `mlp.down_proj`), or `re:` and a regular expression to search names. Products of
+experts, which a mixture keeps in one tensor each, are meant only by words that have `experts` in them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.models.experts import ExpertMatrix, expert_layers, put_expert_layer
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.modes import text_part
 from tunesmith.models.quantized import QuantizedLinear
+from tunesmith.models.quantized_experts import QuantizedExperts
 from tunesmith.models.vision import part_modules
 from tunesmith.phrases import did_you_mean
 
@@ -31,6 +34,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 GROUPS = ("all-linear", "attention", "mlp")
 SEEING = ("vision", "projector")
 """Words for the parts of a model that sees, which no other word means."""
+EXPERTS = "experts"
+"""The word for the products of all experts, and part of every word that means some of them."""
+EXPERT_LAYERS = (ExpertMatrix, QuantizedExperts)
 MAX_REPEATS = 4
 MAX_PATHS = 2_000
 MOST_PATTERN_CHARS = 1_000
@@ -48,7 +54,7 @@ _REPEATED = re.compile(r"\)[*+{]|\{\d*,?\d{4}")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One linear layer and every name that reaches it; the first is its name."""
+    """One linear layer, or one product of all experts, and every name that reaches it; the first is its name."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -57,14 +63,18 @@ class Target:
     def name(self) -> str:
         return self.names[0]
 
+    @property
+    def is_of_experts(self) -> bool:
+        return isinstance(self.module, EXPERT_LAYERS)
+
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
-    """The linear layers that `targets` mean, each once, in the order of the model. Layers of a head, which is
-    trained whole, are not among them, nor `unread_linears`.
+    """The linear layers that `targets` mean, each once, in the order of the model, and behind them products of
+    experts. Layers of a head, which is trained whole, are not among them, nor `unread_linears`.
 
     Besides names, a word is `all-linear` (every linear layer inside the decoder layers but `is_router`),
-    `attention` (those inside an attention module) or `mlp` (the others); of a model that sees all of these are of its
-    language part, and `vision` and `projector` mean the other parts.
+    `attention` (those inside an attention module), `mlp` (the others) or `experts` (every product of experts); of a
+    model that sees these are of its language part, and `vision` and `projector` mean the other parts.
 
     Raises:
         RecipeError: a word for no layer, an embedding, or a layer that shares its weight (a tied output head).
@@ -75,6 +85,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
         linear for linear in _named(model, LINEARS) if linear.name not in head and id(linear.module) not in unread
     ]
     in_head = [target for target in _named(model, LINEARS) if target.name in head]
+    linears += expert_targets(model)
     embeddings = _named(model, (nn.Embedding,))
     problems: list[str] = []
     chosen: set[int] = set()
@@ -100,13 +111,36 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
                 f"method.targets: {word!r}: {of_head[0]} belongs to the head, which is trained whole. Leave it out."
             )
         elif not meant and not unfit:
-            others = not_linear(model)
-            why = f" ({others[0]} and its like hold weights, but are not linear layers.)" if others else ""
-            hint = near_words(word, [t.name for t in linears], *GROUPS)
-            problems.append(f"method.targets: {word!r} matches no linear layer.{why}{hint}")
+            reason = _why_nothing(word, model)
+            hint = near_words(word, map(_hinted, linears), *GROUPS)
+            problems.append(f"method.targets: {word!r} {reason}{hint}")
     if problems:
         raise RecipeError("\n".join(problems))
-    return [target for target in _named(model, LINEARS) if id(target.module) in chosen]
+    every = [*_named(model, LINEARS), *expert_targets(model)]
+    return [target for target in every if id(target.module) in chosen]
+
+
+def expert_targets(model: nn.Module) -> list[Target]:
+    """Every product of experts that can have adapters, in the order of the model."""
+    return [Target((name,), layer) for name, layer in expert_layers(model).items()]
+
+
+def _why_nothing(word: str, model: nn.Module) -> str:
+    """The reason why a word means no layer."""
+    others = not_linear(model)
+    unknown = next((name for name in others if "expert" in type(model.get_submodule(name)).__name__.lower()), None)
+    if word != EXPERTS:
+        why = f" ({others[0]} and its like hold weights, but are not linear layers.)" if others else ""
+        return f"matches no linear layer.{why}"
+    if unknown is not None:
+        kind = type(model.get_submodule(unknown)).__name__
+        return (
+            f"is not possible here: {unknown} ({kind}) computes in a way that adapters here do not follow. Leave "
+            "experts out: the other layers are adapted, or train every weight with method: full."
+        )
+    if any(".experts." in f".{target.name}" for target in _named(model, LINEARS)):
+        return "means nothing more here: the experts of this model are linear layers, which all-linear adapts."
+    return "means nothing here: this model is no mixture of experts. Leave it out."
 
 
 def inner_linears(model: nn.Module, *, unread: bool = True) -> list[Target]:
@@ -149,7 +183,7 @@ def by_pattern(
         check_word(word, option)
         matching = [target.name for target in targets if _is_meant(word, target, model)]
         if not matching:
-            hint = near_words(word, [target.name for target in targets])
+            hint = near_words(word, map(_hinted, targets))
             raise RecipeError(f"{option}: {word!r} matches no adapted layer.{hint}")
         values |= dict.fromkeys(matching, value)
     return values
@@ -164,7 +198,8 @@ def tied_reasons(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     reasons = []
     for target in targets:
         owned = (name for weight in target.module.parameters() for name in owners[id(weight)])
-        if other := next((name for name in owned if name not in target.names), None):
+        at_home = {*target.names, *(name.rpartition(".")[0] for name in target.names if target.is_of_experts)}
+        if other := next((name for name in owned if name not in at_home), None):
             reasons.append(
                 f"{target.name} and {other} are one weight (tied): after a merge {other} would change too, "
                 "so the merged model could not do what the adapter did. Leave it out."
@@ -186,6 +221,9 @@ def not_linear(model: nn.Module) -> list[str]:
 def replace_module(model: nn.Module, target: Target, module: nn.Module) -> None:
     """Put `module` in the place of `target`, under every one of its names."""
     for name in target.names:
+        if target.is_of_experts:
+            put_expert_layer(model, name, module)
+            continue
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
 
@@ -277,6 +315,11 @@ def near_words(word: str, names: Iterable[str], *groups: str) -> str:
     ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
     known = [other for other in (*groups, *ends) if other != word]
     return f"{did_you_mean(word, known)} There are: {', '.join(known)}."
+
+
+def _hinted(target: Target) -> str:
+    """The name that a hint makes a word of: the ends of tensors of experts mean nothing by themselves."""
+    return EXPERTS if target.is_of_experts else target.name
 
 
 def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
@@ -414,12 +457,16 @@ def _expert_counts(module: nn.Module) -> set[int]:
         for parameter in inner.parameters(recurse=False)
         if parameter.ndim == 3
     }
+    counts |= {inner.shape_EOI[0] for inner in module.modules() if isinstance(inner, QuantizedExperts)}
     lists = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList) and len(inner) > 1]
     with_linears = (inner for inner in lists if any(isinstance(part, LINEARS) for part in inner.modules()))
     return counts | set(map(len, with_linears))
 
 
 def _is_meant(word: str, target: Target, model: nn.Module) -> bool:
+    if target.is_of_experts:
+        module = target.name.rpartition(".")[0]
+        return word == EXPERTS or (EXPERTS in word and (means(word, target.name) or means(word, module)))
     if word not in GROUPS:
         return any(means(word, name) for name in target.names)
     inside = _place(target, model)

@@ -13,7 +13,7 @@ never whole in memory before it is quantised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,13 +55,44 @@ def _functional() -> Any:
     return import_bitsandbytes().functional
 
 
+def pack(weight: Tensor) -> dict[str, Tensor]:
+    """The parts of a packed weight by name: `packed` (uint8, two weights each), `scales` (uint8, of each block), and
+    what the scales are scaled by. It is packed on the weight's device."""
+    weight = weight.contiguous()
+    packed, state = _functional().quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    nested = state.state2
+    scales = {"scales": state.absmax, "offset": state.offset}
+    return {"packed": packed, **scales, "nested_scales": nested.absmax, "nested_code": nested.code}
+
+
+def unpack(parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The weight of a shape [rows, columns] whose `pack` gave these parts."""
+    nested = _functional().QuantState(
+        absmax=parts["nested_scales"], code=parts["nested_code"], blocksize=NESTED_BLOCK, dtype=torch.float32
+    )
+    state = _functional().QuantState(
+        absmax=parts["scales"],
+        shape=_rows_of_blocks(shape),
+        dtype=dtype,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        offset=parts["offset"],
+        state2=nested,
+    )
+    made: Tensor = _functional().dequantize_4bit(parts["packed"], state)
+    return made.reshape(shape)
+
+
+def _rows_of_blocks(shape: torch.Size) -> tuple[int, ...]:
+    """A shape whose rows begin with a block each: else bitsandbytes 0.50 takes wrong scales on CPUs."""
+    if shape[1] % BLOCK == 0:
+        return tuple(shape)
+    num = shape.numel()
+    return (num // BLOCK, BLOCK) if num % BLOCK == 0 else (num,)
+
+
 class QuantizedLinear(nn.Module):
     """Replaces an `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored transposed."""
-
-    packed: Tensor
-    """uint8, two weights each."""
-    scales: Tensor
-    """uint8, of each block."""
 
     def __init__(self, base: nn.Module, *, device: str | torch.device) -> None:
         """`base` stays as it is; its weight is packed on `device` and kept there."""
@@ -70,11 +101,7 @@ class QuantizedLinear(nn.Module):
         self.lies_transposed = isinstance(base, Conv1D)
         self.weight_shape, self.weight_dtype = weight.shape, weight.dtype
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
-        weight = weight.to(device).contiguous()
-        packed, state = _functional().quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-        nested = state.state2
-        kept = {"packed": packed, "scales": state.absmax, "offset": state.offset}
-        for name, tensor in {**kept, "nested_scales": nested.absmax, "nested_code": nested.code}.items():
+        for name, tensor in pack(weight.to(device)).items():
             self.register_buffer(name, tensor)
 
     @property
@@ -90,30 +117,7 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight unpacked, in the shape and precision of the original layer."""
-        made: Tensor = _functional().dequantize_4bit(self.packed, self._state())
-        return made.reshape(self.weight_shape)
-
-    def _state(self) -> Any:
-        """bitsandbytes' state for unpacking, made of the buffers where they are now."""
-        nested = _functional().QuantState(
-            absmax=self.nested_scales, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
-        )
-        return _functional().QuantState(
-            absmax=self.scales,
-            shape=self._rows_of_blocks(),
-            dtype=self.weight_dtype,
-            blocksize=BLOCK,
-            quant_type="nf4",
-            offset=self.offset,
-            state2=nested,
-        )
-
-    def _rows_of_blocks(self) -> tuple[int, ...]:
-        """A shape whose rows begin with a block each: else bitsandbytes 0.50 takes wrong scales on CPUs."""
-        if self.weight_shape[1] % BLOCK == 0:
-            return tuple(self.weight_shape)
-        num = self.weight_shape.numel()
-        return (num // BLOCK, BLOCK) if num % BLOCK == 0 else (num,)
+        return unpack(dict(self.named_buffers()), shape=self.weight_shape, dtype=self.weight_dtype)
 
     def weight_OI(self) -> Tensor:
         """The weight unpacked, [O, I]."""
@@ -138,8 +142,8 @@ class QuantizedLinear(nn.Module):
 
 def num_weights(model: PreTrainedModel) -> int:
     """Weights of a model, packed ones too."""
-    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    return int(model.num_parameters()) + sum(layer.weight_shape.numel() for layer in packed)
+    shapes = (getattr(module, "weight_shape", None) for module in model.modules())
+    return int(model.num_parameters()) + sum(int(shape.numel()) for shape in shapes if shape is not None)
 
 
 class _Product(torch.autograd.Function):
@@ -169,12 +173,13 @@ class PackOnLoad(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         choose: Callable[[PreTrainedModel], Collection[str]],
-        pack: Callable[[nn.Module], nn.Module],
+        pack: Callable[[PreTrainedModel, str], nn.Module],
         *,
         element_size: float,
     ) -> None:
-        """`choose`: the names of modules to pack, of a model without weights. `pack`: a module with its weight,
-        on the device where it is kept, to what takes its place. `element_size`: bytes of a packed weight."""
+        """`choose`: the names of weights to pack, of a model without weights. `pack`: packs the weight of this name,
+        which was read to where it is kept, and returns the layer that takes its place. `element_size`: bytes of a
+        packed weight."""
         self.quant_method = PACK_ON_LOAD
         self.choose, self.pack, self.element_size = choose, pack, element_size
         AUTO_QUANTIZER_MAPPING[PACK_ON_LOAD] = _Quantizer
@@ -194,8 +199,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         self.names = frozenset(self.quantization_config.choose(model))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
-        module, _, name = param_name.rpartition(".")
-        return name == "weight" and module in self.names
+        return param_name in self.names
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Pack(self.quantization_config.pack)
@@ -212,7 +216,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Pack(ConversionOps):  # type: ignore[misc]
-    def __init__(self, pack: Callable[[nn.Module], nn.Module]) -> None:
+    def __init__(self, pack: Callable[[PreTrainedModel, str], nn.Module]) -> None:
         self.pack = pack
 
     def convert(
@@ -227,15 +231,13 @@ class _Pack(ConversionOps):  # type: ignore[misc]
         """Put the packed module into the model; no weight is left to be set."""
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        name = full_layer_name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        expected: Any = module.weight
+        expected = model.get_parameter(full_layer_name)
         if weight.shape != expected.shape:
             raise ValueError(f"{full_layer_name} has the shape {tuple(weight.shape)}, not {tuple(expected.shape)}")
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        packed = self.pack(module)
+        parent, _, name = full_layer_name.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Parameter(weight, requires_grad=False))
+        packed = self.pack(model, full_layer_name)
         packed._is_hf_initialized = True  # type: ignore[assignment]
-        model.set_submodule(name, packed)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}

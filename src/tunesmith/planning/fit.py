@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.errors import DoesNotFitError, RecipeError, TunesmithError
 from tunesmith.methods import METHODS
+from tunesmith.methods.targets import EXPERTS
 from tunesmith.models import load
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning.decisions import with_options
@@ -152,6 +153,8 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield "precision: float16: a step that overflows is made again, which every device would have to know"
     if method.name == "lora" and method.also_train:
         yield "method.also_train: weights in the layers would be trained whole"
+    if method.name == "lora" and any(EXPERTS in word for word in method.targets):
+        yield "method.targets: experts: their adapters take the places of tensors in the layers"
     if method.name == "full" and recipe.optim.name not in ELEMENTWISE:
         yield f"optim.name: {recipe.optim.name}: it looks at whole matrices; {', '.join(ELEMENTWISE)} do not"
     if method.name == "full" and any(getattr(load.load_config(located).get_text_config(), key, 0) for key in _EXPERTS):

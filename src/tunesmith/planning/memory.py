@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.data.dataset import RowStore
@@ -26,6 +27,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods import METHODS, attach
 from tunesmith.methods.lora_layer import shape_OI
 from tunesmith.methods.targets import inner_linears
+from tunesmith.models.experts import expert_layers, experts_per_token
 from tunesmith.models.fast_layers import keeps_less, reads_again
 from tunesmith.models.fused_loss import (
     CHUNK_BYTES,
@@ -36,6 +38,7 @@ from tunesmith.models.fused_loss import (
 )
 from tunesmith.models.modes import layers_of, silence_transformers
 from tunesmith.models.packing_check import recurrent_layer
+from tunesmith.models.quantized_experts import fits
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.size import meta_model
 from tunesmith.optim import Optimizer
@@ -76,13 +79,13 @@ class Sizes:
     recomputable: int
     """Layers whose activations can be recomputed, the first ones: all or none."""
     features: int
-    """Inputs and outputs of all linear layers, for one token."""
+    """Inputs and outputs of all linear layers, for one token, and of the experts that it goes to."""
     kept: float
     """Times that a layer keeps these for its backward: the method's row says."""
     first: int
     """Index of the first layer with gradients: the layers below keep nothing."""
     linear_weights: int
-    """In the layers; a shared layer counts once for each use."""
+    """In the layers; a shared layer counts once for each use, and of experts those that a token goes to."""
     trains_linear: float
     """Share of `linear_weights` that is trained."""
     hidden: int
@@ -179,11 +182,9 @@ def sizes_of(
     modules = [target.module for target in inner_linears(model, unread=False)]
     features = sum(sum(shape_OI(module)) for module in modules)
     linears = [module.get_parameter("weight") for module in modules]
-    saved = 0
-    if method.quantizes:  # a base in 4 bits, of which one layer at a time is unpacked
-        packed = [target.module.get_parameter("weight") for target in inner_linears(model)]
-        saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in packed) - max(w.nbytes for w in packed)
-    features += sum(conv.in_channels + conv.out_channels for conv in _linear_convs(model))
+    experts = _Experts.of(model)
+    saved = _saved_by_packing(model, experts) if method.quantizes else 0
+    features += sum(conv.in_channels + conv.out_channels for conv in _linear_convs(model)) + experts.features
     linears += [conv.get_parameter("weight") for conv in _linear_convs(model)]
     stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
@@ -195,7 +196,9 @@ def sizes_of(
     state = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors).state_bytes()
     below = attachment.trains_token_rows or _learns(model.get_input_embeddings())
     first = 0 if below else next((i for i, layer in enumerate(stack) if _learns(layer)), len(stack))
-    output, linear_weights = model.get_output_embeddings(), sum(weight.numel() for weight in linears)
+    output = model.get_output_embeddings()
+    linear_weights = sum(weight.numel() for weight in linears) + experts.met
+    trained_weights = sum(weight.numel() for weight in linears if weight.requires_grad) + experts.trained
     num_trained, gathered = sum(tensor.numel() for tensor in attachment.trained.values()), sum(split.values())
     elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # split share on other devices
     num_own = num_trained - int(elsewhere * sum(t.numel() for name, t in attachment.trained.items() if name in split))
@@ -214,7 +217,7 @@ def sizes_of(
         **(_less_by_nodes(model, layers) if recipe.kernels == "fast" and recipe.shard is not True else {}),
         first=first,
         linear_weights=linear_weights * uses,
-        trains_linear=sum(weight.numel() for weight in linears if weight.requires_grad) / max(1, linear_weights),
+        trains_linear=trained_weights / max(1, linear_weights),
         hidden=int(config.hidden_size),
         heads=int(getattr(config, "num_attention_heads", 1)),
         outputs=labels.num_outputs if labels is not None else 0 if head == "vector" else int(config.vocab_size),
@@ -226,6 +229,43 @@ def sizes_of(
         cached=2 * layers * _key_size(config) * model.dtype.itemsize,
         softcap=bool(getattr(config, "attn_logit_softcapping", None)),
     ), model
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """The products of experts in a model without numbers, as far as one token meets them."""
+
+    weights: tuple[Tensor, ...]
+    per_token: int
+    features: int
+    """Inputs and outputs of the experts that a token goes to."""
+    packed: tuple[Tensor, ...]
+    """`weights` that are kept in 4 bits where the method quantizes."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Experts:
+        layers: list[Any] = list(expert_layers(model).values())
+        per_token = experts_per_token(model.config)
+        features = per_token * sum(sum(layer.shape_EOI[1:]) for layer in layers)
+        packed = tuple(layer.weight for layer in layers if fits(layer))
+        return cls(tuple(layer.weight for layer in layers), per_token, features, packed)
+
+    @property
+    def met(self) -> int:
+        """Weights that a token is multiplied by."""
+        return sum(self.per_token * weight[0].numel() for weight in self.weights)
+
+    @property
+    def trained(self) -> int:
+        """Weights among `met` that are trained whole."""
+        return sum(self.per_token * weight[0].numel() for weight in self.weights if weight.requires_grad)
+
+
+def _saved_by_packing(model: PreTrainedModel, experts: _Experts) -> int:
+    """Bytes that a base in 4 bits saves, of which one layer or expert at a time is unpacked."""
+    packed = [target.module.get_parameter("weight") for target in inner_linears(model)]
+    unpacked = max(w.nbytes for w in [*packed, *(weight[0] for weight in experts.packed)])
+    return sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in [*packed, *experts.packed]) - unpacked
 
 
 def _linear_convs(model: nn.Module) -> list[nn.Conv1d]:
