@@ -81,7 +81,7 @@ class Facts:
     held_targets_I: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Targets of each held-out row."""
     held_tokens: int = 0
-    """Tokens of all held-out rows that are measured."""
+    """Tokens that are read each time the held-out rows are measured."""
     processes: int = 1
     """Processes of the run on this machine."""
     rows_per_epoch: int = 0
@@ -452,8 +452,8 @@ UNNOTICED_S = 10.0
 def decide_measuring(
     decisions: Decisions, facts: Facts, *, steps: int, held_tokens: int, writes: bool, speaks: bool
 ) -> None:
-    """Decide what is "auto" in `evaluation`: less in a short run. `held_tokens`: of held-out rows that are
-    measured. `writes`: such a model answers prompts; `speaks`: its general ability is measured."""
+    """Decide what is "auto" in `evaluation`: less in a short run. `held_tokens`: read each time held-out
+    rows are measured. `writes`: such a model answers prompts; `speaks`: its general ability is measured."""
     recipe, given = decisions.recipe, decisions.given.evaluation
     row, prompts = float(facts.lengths_I.mean()), len(facts.held_targets_I) if writes else 0
     new_tokens = new_tokens_for(facts.held_targets_I, recipe.evaluation.sample_tokens)

@@ -308,6 +308,17 @@ def targets_of(store: RowStore) -> NDArray[np.float64]:
     return store.targets.astype(float) if store.branches.has_any else np.minimum(store.denominators, store.targets)
 
 
+def measured_tokens(rows: Splits, documents: int) -> int:
+    """Tokens that are read each time the held-out rows are measured: theirs, and of a task with a pool also those of
+    training rows whose documents are searched, up to `documents` in all."""
+    held = int(rows.held_store.lengths[rows.held_rows].sum())
+    if not TASKS[rows.task].pools or not held:
+        return held
+    own, others = (int((store.branches.counts[rows_I] - 1).sum()) for store, rows_I in reversed(rows.sides))
+    share = min(1.0, max(0, documents - own) / max(1, others))
+    return held + int(share * rows.store.lengths[rows.train_rows].sum())
+
+
 def saves(every: int, steps: int) -> int:
     """Number of checkpoints, including the one before the first step, without the best evaluation's."""
     return 2 + (steps - 1) // every
@@ -365,7 +376,8 @@ def counts(
     return {
         "starting": 1,
         "training": steps,
-        "measuring": int(held.sum()) * (evaluations / devices + task.compares)
+        "measuring": measured_tokens(rows, recipe.embed.documents) * evaluations / devices
+        + int(held.sum()) * task.compares
         + int(trained.sum()) * (looked_at / devices + task.compares)
         + 2 * general_tokens
         + (read / devices if layout != "packed" else 0)

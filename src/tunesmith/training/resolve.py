@@ -40,11 +40,10 @@ from tunesmith.planning.defaults import (
 )
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
-from tunesmith.planning.forecast import Forecast, Forecaster
+from tunesmith.planning.forecast import Forecast, Forecaster, measured_tokens
 from tunesmith.planning.memory import TORCH_DTYPES
 from tunesmith.recipe.distillation import teacher_of
 from tunesmith.recipe.docs import changed
-from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
@@ -117,7 +116,7 @@ def resolve_run(
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     rows = _rows(decisions, inputs, cache_dirs, on_progress)
     kind = device.kind if device else decisions.recipe.device
-    facts = _facts(inputs, rows, kind, processes, seed=recipe.seed, reinforce=decisions.recipe.reinforce)
+    facts = _facts(inputs, rows, kind, processes, recipe=decisions.recipe)
     free_tokens, is_here = decisions.is_open("train.tokens_per_pass"), device is None
     _decide(decisions, inputs, rows, facts)
     # 4. What memory decides, by a forecast; in a resumed run, or on another rank, it is decided already.
@@ -141,23 +140,23 @@ def resolve_run(
     return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast, root, offline)
 
 
-def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, *, seed: int, reinforce: Reinforce) -> Facts:
+def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, *, recipe: Recipe) -> Facts:
     """Facts for the decisions after the rows. `kind`: the device's."""
     (store, rows_I), (held, held_I) = rows.sides
     task, lengths_I = TASKS[rows.task], store.lengths[rows_I]
     headline = "loss" if rows.labels is None else labels_headline(task, rows.labels)
     if task.samples:  # each prompt takes its answers' tokens in a step
         headline, *_ = task.headline_metrics
-        lengths_I = (lengths_I + reinforce.max_new_tokens) * reinforce.samples
+        lengths_I = (lengths_I + recipe.reinforce.max_new_tokens) * recipe.reinforce.samples
     return Facts(
         inputs.size.num_params,
         kind,
         inputs.kind,
         lengths_I=lengths_I,
         held_targets_I=held.targets[held_I],
-        held_tokens=int(held.lengths[held_I].sum()),
+        held_tokens=measured_tokens(rows, recipe.embed.documents),
         processes=processes,
-        rows_per_epoch=rows_per_epoch(rows, seed),
+        rows_per_epoch=rows_per_epoch(rows, recipe.seed),
         headline=headline,
     )
 
