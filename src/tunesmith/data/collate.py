@@ -134,11 +134,13 @@ class Collator:
         return pad_to_multiple(batch) if self.pads else batch
 
     def _images(self, rows: Sequence[Row]) -> tuple[BatchImage, ...]:
-        table = self.store.images
-        if table is None:
+        numbers = [number for row in rows for number in row.images]
+        if not numbers:
             return ()
+        table = self.store.images
+        assert table is not None, "a store of rows with images has them"
         assert self.pixels is not None, "rows with images were encoded for a model that sees"
-        return batch_images([table[number] for row in rows for number in row.images], self.pixels)
+        return batch_images([table[number] for number in numbers], self.pixels)
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
         targets = self.store.learnt
