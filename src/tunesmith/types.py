@@ -162,8 +162,8 @@ class Example:
     many: bool = False
     """`labels` came as a list: any number of them can hold, none too."""
     kept: Record = field(default_factory=dict, compare=False)
-    """Keys of a row to be answered that its answer repeats unchanged, such as an id; of a prompt whose answers are
-    graded all fields of its row."""
+    """Keys of a row to be answered that its answer repeats unchanged, such as an id; of a prompt whose answers
+    are graded all fields of its row."""
     branches: tuple[tuple[Part, ...], ...] = ()
     """Answers to `parts` that are compared with each other, preferred first; empty: `parts` hold the answer."""
     values: tuple[float, ...] = ()
@@ -228,7 +228,8 @@ class BatchImage:
     number: int
     """`ImageRef.number`."""
     pixels: Callable[[], Mapping[str, Tensor]]
-    """Reads it and prepares it as the model's processor does; the arguments of the model's `get_image_features`."""
+    """Reads it and prepares it as the model's processor does; the arguments of the
+    model's `get_image_features`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +258,8 @@ class Row:
     keys: tuple[int, ...] = ()
     """A number for each text that becomes a vector, equal for equal texts whatever prompt precedes them."""
     values_NC: NDArray[np.float32] | None = None
-    """Numbers of each trained token: of an answer that the model drew `tasks.policy_losses.COLUMNS`; of an answer
-    that a teacher has read `data.teacher_rows.columns`."""
+    """Numbers of each trained token: of an answer that the model drew `tasks.policy_losses.COLUMNS`; of an
+    answer that a teacher has read `data.teacher_rows.columns`."""
     images: tuple[int, ...] = ()
     """`ImageRef.number` of each image that its tokens have places for, in order."""
 

@@ -13,11 +13,11 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 ROOMS = {
     "api, types, errors, …": (1_715, "the Python interface, the types that travel, images too, errors, ways out"),
     "cli": (4_750, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_385, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "data": (10_400, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
-        2_180,
+        2_200,
         "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones",
     ),
     "graders": (
@@ -27,19 +27,19 @@ ROOMS = {
     "inference": (1_645, "a result loaded, files of rows answered and measured"),
     "jobs": (4_720, "OpenAI's fine-tuning API: files, jobs, graders, projects, webhooks, recovery from kills"),
     "methods": (2_950, "full, LoRA and its relatives, on experts too, QLoRA, peft"),
-    "models": (6_170, "finding, loading, attention, heads, experts, losses in pieces, divergences, what sees"),
+    "models": (6_180, "finding, loading, attention, heads, experts, losses in pieces, divergences, what sees"),
     "optim": (450, "optimizers and schedules"),
-    "pages": (1_700, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
+    "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_795, "defaults with reasons; memory, time, disk"),
-    "recipe": (1_935, "every option, declared once; files of other tools translated"),
+    "planning": (1_800, "defaults with reasons; memory, time, disk"),
+    "recipe": (1_940, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_830, "what is learnt"),
+    "tasks": (1_835, "what is learnt"),
     "summaries": (610, "what commands and pages say in the same words; nearly all of it was in cli and pages"),
     "trackers": (750, "four experiment trackers"),
-    "training": (5_460, "the loop, a run around it, the answers that it draws, a teacher"),
+    "training": (5_475, "the loop, a run around it, the answers that it draws, a teacher"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

@@ -157,7 +157,8 @@ class Conversation:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def show(self, file: Path) -> None:
-        """Let the next message have an image, before its text. Raises InputError for a file that cannot be read."""
+        """Let the next message have an image, before its text. Raises InputError for
+        a file that cannot be read."""
         if not self.speakers[-1].engine.model.card.sees:
             raise InputError(f"{file}: this model reads text alone. Use one that sees, or leave the image out.")
         try:

@@ -84,9 +84,10 @@ class _Row:
     ends: Sequence[int]
     """The last character of each closing control token, plus one."""
     openings: Mapping[int, tuple[str, int]]
-    """For each turn with a prompt, by the index of its message: the end of the prompt, from its last control token on,
-    and the index of that token. A control token cuts a text before the tokenizer looks further, so what precedes it has
-    the same ids in the prompt and in the whole text. To tokenize each prompt whole would be quadratic in the turns."""
+    """For each turn with a prompt, by the index of its message: the end of the prompt, from its last control
+    token on, and the index of that token. A control token cuts a text before the tokenizer looks further, so
+    what precedes it has the same ids in the prompt and in the whole text. To tokenize each prompt whole
+    would be quadratic in the turns."""
 
 
 class ChatEncoder(RowEncoder):
@@ -246,7 +247,8 @@ class ChatEncoder(RowEncoder):
     def _rendered(
         self, messages: Sequence[Message], *, prompt: bool, tools: Tools = (), images: Sequence[ImageRef] = ()
     ) -> str:
-        """The text of messages; `images`: all of the conversation, of which these messages may be the beginning."""
+        """The text of messages; `images`: all of the conversation, of which these
+        messages may be the beginning."""
         shown = as_lists(messages) if self._takes_lists else messages
         text = self._template.render(shown, tools=tools, prompt=prompt)
         if not images or self._placeholders is None:

@@ -151,7 +151,8 @@ class Collator:
         return [with_its_answer] if lines == "partners" else [*lines_of(row), with_its_answer]
 
     def _with_lines(self, batch: Batch, rows: Sequence[Row], lines_of_rows: Sequence[Sequence[Row]]) -> Batch:
-        """A batch that was built of lines, with the line and the row of each target, the rows' values and reference."""
+        """A batch that was built of lines, with the line and the row of each target,
+        the rows' values and reference."""
         reference_IK, device = self.store.learnt.reference_IK, batch.row_of_N.device
         reference_BK = np.zeros((len(rows), 2)) if reference_IK is None else reference_IK[list(batch.row_indices)]
         values_BV = np.concatenate([np.array([row.values for row in rows], np.float64), reference_BK], axis=1)
@@ -208,9 +209,10 @@ def build_batch(
     """Make the tensors of one micro-batch. Targets are shifted here and nowhere else: position t predicts token
     t + 1 of its row.
 
-    Rows with labels are not shifted: a label is predicted at its own position; nor are tokens that are pooled. An
-    encoder–decoder reads the source, and its decoder reads `decoder_start` and the target without its last token.
-    Options mean what those of `Collator` do. `row_indices`: where the rows are in the store, for `Batch`.
+    Rows with labels are not shifted: a label is predicted at its own position; nor are tokens that
+    are pooled. An encoder–decoder reads the source, and its decoder reads `decoder_start` and the
+    target without its last token. Options mean what those of `Collator` do. `row_indices`: where the
+    rows are in the store, for `Batch`.
     """
     has_decoder, is_packed = layout == "encoder_decoder", layout == "packed"
     inputs = [_source(row) if has_decoder else row.ids for row in rows]
@@ -301,8 +303,9 @@ def _laid_out(
 
 
 def pads_to_multiple(layout: Layout, *, device: str, precision: str) -> bool:
-    """Whether packed batches are padded to a multiple: oneDNN compiles bfloat16 products for each new shape on a CPU,
-    and numbers of tokens hardly ever repeat. With short rows of an encoder, compiling took a quarter of a step."""
+    """Whether packed batches are padded to a multiple: oneDNN compiles bfloat16 products for each
+    new shape on a CPU, and numbers of tokens hardly ever repeat. With short rows of an encoder,
+    compiling took a quarter of a step."""
     return layout == "packed" and device == "cpu" and precision == "bfloat16"
 
 

@@ -281,7 +281,8 @@ class FileExamples:
 
 
 def _unplaced_images(record: Record, source: Source, shape: Shape) -> list[Problem]:
-    """The problem of a row that is not a chat and brings images: its answers are to them, and it would do without."""
+    """The problem of a row that is not a chat and brings images: its answers are to
+    them, and it would do without."""
     if shape not in (*COMPARED, *NAMED) or not (names := [name for name in IMAGE_FIELDS if record.get(name)]):
         return []
     message = f"it has images ({names[0]}), and rows of the shape {shape} have no place for them yet."
@@ -326,9 +327,9 @@ def input_hash(example: Example) -> int:
     """64-bit hash of the input of an example: its prompt, document, text or words, without the answer.
 
     For conversations the turns before the first answer: the instructions and the first turn of the user. For
-    plain text, which has no input, the `content_hash`. Of a row with images these alone, so that all questions about
-    an image are on one side. The same on every machine and in every release: the held-out rows of a data set follow
-    from it.
+    plain text, which has no input, the `content_hash`. Of a row with images these alone, so that all
+    questions about an image are on one side. The same on every machine and in every release: the held-out
+    rows of a data set follow from it.
     """
     parts = example.parts
     if example.images:

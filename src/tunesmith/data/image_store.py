@@ -2,8 +2,8 @@
 
     <key>.images.arrow   number, hash, place or bytes, size in pixels, size and time of the file
 
-Rows hold the number of each image. A store whose files have changed since is encoded anew: new pixels under an old
-name would train on old ids.
+Rows hold the number of each image. A store whose files have changed since is encoded anew: new pixels under
+an old name would train on old ids.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Images of rows: where they are, what is refused of them, and their pixels as every use here sees them.
 
-A row names a file in the folder of its data file (or `data.image_folder`), or brings the bytes of one. `look_at` reads
-no more than the header; `check_whole` decodes it once, while rows are encoded; `pixels_of` decodes it for the model.
-Pillow is the only reader, and tries no format but `FORMATS`. No address is ever opened.
+A row names a file in the folder of its data file (or `data.image_folder`), or brings the bytes of
+one. `look_at` reads no more than the header; `check_whole` decodes it once, while rows are
+encoded; `pixels_of` decodes it for the model. Pillow is the only reader, and tries no format but
+`FORMATS`. No address is ever opened.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def _orientation(picture: Image) -> int:
 
 
 def check_whole(image: ImageRef) -> list[tuple[str, str]]:
-    """(code, message) of what is changed for the model. Decodes the image; raises `BadImage` where it is damaged."""
+    """(code, message) of what is changed for the model. Decodes the image; raises
+    `BadImage` where it is damaged."""
     with _opened(_bytes_of(image)) as picture:
         turn, mode = _orientation(picture), picture.mode
         has_alpha = picture.has_transparency_data
@@ -207,7 +209,8 @@ def check_whole(image: ImageRef) -> list[tuple[str, str]]:
 
 
 def pixels_of(image: ImageRef) -> Image:
-    """The image as RGB, turned, on white, of 8 bits. Raises `DataError` where it is not what rows were encoded with."""
+    """The image as RGB, turned, on white, of 8 bits. Raises `DataError` where it is
+    not what rows were encoded with."""
     try:
         with _opened(_bytes_of(image)) as picture:
             turn = _TURNS.get(_orientation(picture))
@@ -236,7 +239,8 @@ def _bytes_of(image: ImageRef) -> bytes:
 
 
 def _as_rgb(picture: Image) -> Image:
-    """Transparent places on white: `convert` shows what lies under them. 16 bits scaled: `convert` clips them."""
+    """Transparent places on white: `convert` shows what lies under them. 16 bits
+    scaled: `convert` clips them."""
     from PIL import Image as pillow
 
     if picture.has_transparency_data:

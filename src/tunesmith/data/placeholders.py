@@ -1,7 +1,7 @@
 """Images in the text that a chat template writes: each gets the place that the model's processor gives it.
 
-A template writes one word for an image; the processor's text takes its place (`Placeholders.expand`), before the text
-is tokenized. So turns, trained spans and lengths are found in the very text that is learnt.
+A template writes one word for an image; the processor's text takes its place (`Placeholders.expand`), before
+the text is tokenized. So turns, trained spans and lengths are found in the very text that is learnt.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ def num_images(messages: Sequence[Message]) -> int:
 
 
 def expanded(text: str, images: Sequence[ImageRef], placeholders: Placeholders) -> str:
-    """A rendered text with the processor's text in the place of each image, in one pass: that may hold the word itself.
+    """A rendered text with the processor's text in the place of each image, in one
+    pass: that may hold the word itself.
 
-    Raises `TemplateRefusal` where the template has not one place for each, ValueError for a shape that is not read.
+    Raises `TemplateRefusal` where the template has not one place for each,
+    ValueError for a shape that is not read.
     """
     first, *rest = text.split(placeholders.token)
     if len(rest) != len(images):

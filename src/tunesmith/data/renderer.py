@@ -196,9 +196,10 @@ class Renderer:
     ) -> list[Encoded]:
         """One or more rows for each example, or the problems that make it unusable. 512 at a time are fast.
 
-        `on_warning` receives the warnings about rows that were cut, or differ from what serving shows (codes `cut`,
-        `context_rewritten`, ...). `vocabulary` gives each class an id by its first appearance; classes that it does
-        not have are added, and `Row.labels` holds these ids. A row without an answer has `IGNORE` in their place.
+        `on_warning` receives the warnings about rows that were cut, or differ from what serving shows
+        (codes `cut`, `context_rewritten`, ...). `vocabulary` gives each class an id by its first
+        appearance; classes that it does not have are added, and `Row.labels` holds these ids. A row without
+        an answer has `IGNORE` in their place.
         """
         results: list[Encoded] = [
             [*_empty(example), *self.control_problems(example), *self._image_problems(example)] for example in examples

@@ -1,8 +1,8 @@
 """Targets of encoded rows besides their tokens: labels, masks, partners, references.
 
-This is the one place that writes into a `RowStore`, and it does so before training: `write_targets` once rows are
-encoded and options are decided, `write_reference` once the model of step 1 has read them, `write_teacher` once a
-teacher has. Others only read.
+This is the one place that writes into a `RowStore`, and it does so before training: `write_targets` once rows
+are encoded and options are decided, `write_reference` once the model of step 1 has read them, `write_teacher`
+once a teacher has. Others only read.
 """
 
 # I rows, K branches

@@ -120,7 +120,8 @@ class Splits:
         return known
 
     def prompts(self, store: RowStore, rows_I: NDArray[np.int64]) -> dict[int, Example]:
-        """The prompts of some rows of one of the two stores with the rows as their file has them, which a grader reads.
+        """The prompts of some rows of one of the two stores with the rows as their
+        file has them, which a grader reads.
 
         Raises DataError for a file that says something else than when it was encoded.
         """

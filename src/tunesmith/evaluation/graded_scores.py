@@ -64,7 +64,8 @@ def repeats(text: str) -> bool:
 
 
 def graded_statistics(rows: Sequence[Record], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
-    """Means over prompts. Of pass@k, k is what was drawn, whatever grade failed, over prompts with k rewards."""
+    """Means over prompts. Of pass@k, k is what was drawn, whatever grade failed,
+    over prompts with k rewards."""
     num = least_drawn(rows)
     has_k = np.array([len(row[MARK]) >= num for row in rows])
     columns = {
@@ -97,8 +98,8 @@ def with_one_k(sides: Sequence[Sequence[Record]]) -> list[list[JsonObject]]:
 
 
 def pass_at(k: int, num: int, right: int) -> float:
-    """1 − C(num − right, k) / C(num, k): the chance that one of k answers is right, without bias; 0 of fewer than k.
-    Chen et al. 2021, arXiv 2107.03374, equation 1."""
+    """1 − C(num − right, k) / C(num, k): the chance that one of k answers is right, without bias; 0 of fewer
+    than k. Chen et al. 2021, arXiv 2107.03374, equation 1."""
     return 1 - math.comb(num - right, k) / math.comb(num, k) if num >= k else 0.0
 
 

@@ -185,7 +185,8 @@ def _token_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: boo
 
 
 def _taught_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
-    """The loss is the divergence from a teacher; next to it where both agree, and what the rows' tokens lose."""
+    """The loss is the divergence from a teacher; next to it where both agree, and
+    what the rows' tokens lose."""
     names = (("agreement", "agreed"), ("answer_loss", "answers"))
     return {key: ratio(column(rows, name), column(rows, "count")) for key, name in names}
 

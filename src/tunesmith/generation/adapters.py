@@ -1,4 +1,5 @@
-"""LoRA adapters of several runs on one base: each token of a pass goes through the adapter of its own run, or none."""
+"""LoRA adapters of several runs on one base: each token of a pass goes through the
+adapter of its own run, or none."""
 
 # T tokens, I inputs, O outputs, R rank, K tokens of one adapter
 
@@ -32,7 +33,8 @@ class LowRankPath:
 
 
 def joined_paths(adapters: Sequence[Mapping[str, tuple[Tensor, Tensor, float]]]) -> dict[str, LowRankPath]:
-    """Adapters that were tuned on one another as one: the sum of their products is one of the sum of their ranks."""
+    """Adapters that were tuned on one another as one: the sum of their products is
+    one of the sum of their ranks."""
     joined: dict[str, LowRankPath] = {}
     for layer in sorted({layer for adapter in adapters for layer in adapter}):
         paths = [LowRankPath(*adapter[layer]) for adapter in adapters if layer in adapter]
@@ -56,7 +58,8 @@ class _Routing:
 
 
 class RowMismatchError(RuntimeError):
-    """An adapted layer sees other rows than the tokens of the pass, so that tokens cannot be assigned to adapters."""
+    """An adapted layer sees other rows than the tokens of the pass, so that tokens
+    cannot be assigned to adapters."""
 
 
 class MultiLoraLinear(nn.Module):
@@ -122,7 +125,8 @@ class AdapterSet:
     def active(self, names: Sequence[str | None], *, mixed: bool = False) -> Iterator[None]:
         """Inside the block the tokens of a pass use the adapters of these names, one a token.
 
-        `mixed`: the names can differ. Raises RowMismatchError if a layer then sees other rows than these tokens.
+        `mixed`: the names can differ. Raises RowMismatchError if a layer then sees
+        other rows than these tokens.
         """
         device = next(self.model.parameters()).device
         places: dict[str, list[int]] = {}

@@ -1,9 +1,11 @@
-"""Answers to the prompts of rows that are being measured: a pass that finds a row's loss has read its prompt too.
+"""Answers to the prompts of rows that are being measured: a pass that finds a row's
+loss has read its prompt too.
 
-The pass says which token the model finds likeliest at each target. As long as these are the row's own, the answer is
-known without being written; from the first other one on the scheduler writes it, from the keys and values that the pass
-has computed. Drafts that a model checks in one pass: Leviathan et al. 2023, arXiv 2211.17192; here the reference is the
-draft, and decoding is greedy, so the answers equal writing token by token, but for ties within rounding.
+The pass says which token the model finds likeliest at each target. As long as these are the row's own, the
+answer is known without being written; from the first other one on the scheduler writes it, from the keys and
+values that the pass has computed. Drafts that a model checks in one pass: Leviathan et al. 2023, arXiv
+2211.17192; here the reference is the draft, and decoding is greedy, so the answers equal writing token by
+token, but for ties within rounding.
 """
 
 # P positions of a pass, N targets of a pass, G groups of heads, D head size, V vocabulary
@@ -41,7 +43,8 @@ _ERRORS = (MemoryError, RuntimeError, UnsupportedAttentionError, TypeError, Valu
 
 @dataclass
 class Continuation:
-    """Writes answers while `predict_rows` measures; in the end `answers` has them, and `why` says why some are missing.
+    """Writes answers while `predict_rows` measures; in the end `answers` has them,
+    and `why` says why some are missing.
 
     The model is causal, runs packed rows and is not split over devices.
     """
@@ -113,7 +116,8 @@ class Continuation:
         kept.clear()
 
     def _known(self, places: NDArray[Any], targets: NDArray[Any], outputs: NDArray[Any]) -> list[int]:
-        """The beginning of an answer: the row's tokens while they are the likeliest, and the first that is another.
+        """The beginning of an answer: the row's tokens while they are the likeliest,
+        and the first that is another.
 
         `places`: of the targets behind the prompt.
         """
@@ -127,8 +131,8 @@ class Continuation:
         return known
 
     def _write(self, take: Callable[[], None], *, to_the_end: bool) -> None:
-        """Take what a pass has left, and write until every answer has a place, or to their ends. Where memory ends for
-        an answer it is left out."""
+        """Take what a pass has left, and write until every answer has a place, or to their ends. Where memory
+        ends for an answer it is left out."""
         started = time.perf_counter()
         try:
             take()

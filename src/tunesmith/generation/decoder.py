@@ -1,9 +1,10 @@
 """Next-token logits of many sequences, each with what was read of it before.
 
 `BatchedDecoder` runs all of them in one forward pass. `SequentialDecoder` runs each alone with the cache of
-transformers: for models whose attention cannot be replaced, for encoder-decoders, and as the reference in tests.
-`choose_decoder` takes the one that gives sequences the logits that the model gives each alone. Nothing is computed in
-torch's inference mode: a model may keep such a tensor, as a rotary buffer that grows, and could not learn with it.
+transformers: for models whose attention cannot be replaced, for encoder-decoders, and as the reference in
+tests. `choose_decoder` takes the one that gives sequences the logits that the model gives each alone.
+Nothing is computed in torch's inference mode: a model may keep such a tensor, as a rotary buffer that
+grows, and could not learn with it.
 """
 
 # T tokens of a pass, N sequences, V vocabulary
@@ -40,7 +41,8 @@ from tunesmith.models.vision import is_seeing
 from tunesmith.types import BatchImage
 
 PROBES = ((37, 23), (11, 5), (64, 40))
-"""Length of each probe text, and of its part that is read as a prompt; the rest is read as if it were written."""
+"""Length of each probe text, and of its part that is read as a prompt; the rest is
+read as if it were written."""
 _MODEL_ERRORS = (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, LookupError)
 """A model that cannot be called in this way raises any of these."""
 PromptPart = tuple[SequenceSlot, Sequence[int]]
@@ -197,7 +199,8 @@ class SequentialDecoder:
 
 
 class SeeingDecoder(SequentialDecoder):
-    """Sequences whose prompts have images, each in a pass of its own: a prompt is read at once, with its images.
+    """Sequences whose prompts have images, each in a pass of its own: a prompt is
+    read at once, with its images.
 
     What comes behind an image in a model that counts positions in three ways is counted from where that ended.
     """
@@ -247,8 +250,8 @@ Decoder: TypeAlias = BatchedDecoder | SequentialDecoder
 
 @contextmanager
 def decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model decodes for a `BatchedDecoder`, without dropout, and does not learn; its attention is
-    restored afterwards."""
+    """Inside the block the model decodes for a `BatchedDecoder`, without dropout, and does not learn; its
+    attention is restored afterwards."""
     attention = model.config._attn_implementation
     with eval_mode(model), silence_transformers():
         try:
@@ -259,7 +262,8 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 
 
 def why_not_batched(model: PreTrainedModel, adapters: AdapterSet) -> str:
-    """The reason why sequences of this model cannot be decoded together by a `BatchedDecoder`; "" if they can."""
+    """The reason why sequences of this model cannot be decoded together by a
+    `BatchedDecoder`; "" if they can."""
     if model.config.is_encoder_decoder:
         return "it is an encoder–decoder"
     return recurrent_layer(model) or why_unlike(BatchedDecoder, model, adapters)
@@ -270,8 +274,9 @@ def choose_decoder(
 ) -> Decoder:
     """A decoder of many sequences at once if the model gives them the logits that it gives each alone.
 
-    Of a model that sees it has another one for prompts with images. `streams`: number of sequences at a time; None:
-    several. Raises ModelError for a model that keeps the state of a sequence in itself, if there are several.
+    Of a model that sees it has another one for prompts with images. `streams`: number of
+    sequences at a time; None: several. Raises ModelError for a model that keeps the state of a
+    sequence in itself, if there are several.
     """
     decoder = _choose(name, model, adapters, note, streams=streams)
     decoder.seeing = SeeingDecoder(model, adapters) if is_seeing(model.config) else None
@@ -291,10 +296,12 @@ def _choose(
 
 
 def why_unlike(kind: type[BatchedDecoder | SequentialDecoder], model: PreTrainedModel, adapters: AdapterSet) -> str:
-    """The reason why a decoder of this kind cannot be used; "" if sequences together have the logits of each alone.
+    """The reason why a decoder of this kind cannot be used; "" if sequences together
+    have the logits of each alone.
 
-    Texts of different lengths are read in parts and then continued together. Their logits are compared with the
-    model's own attention on each text alone, and one text's logits among some texts with its logits among others.
+    Texts of different lengths are read in parts and then continued together. Their logits are
+    compared with the model's own attention on each text alone, and one text's logits among some
+    texts with its logits among others.
     """
     attention, is_batched = model.config._attn_implementation, kind is BatchedDecoder
     texts = [probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES]

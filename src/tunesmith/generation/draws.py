@@ -1,7 +1,7 @@
 """Answers that a model draws to learn from: with the tokens that it was fed and the log-probability of each.
 
-The model draws with the very tensors that learn, and its caches end with the draw. Nothing is tokenized again: the ids
-of an answer are those that the decoder got.
+The model draws with the very tensors that learn, and its caches end with the draw. Nothing is tokenized again:
+the ids of an answer are those that the decoder got.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class DrawnAnswer:
     ids: tuple[int, ...]
     """Its tokens, and the one that ended it."""
     logps: tuple[float, ...]
-    """Log-probability of each token in the distribution that it was drawn from: float32 logits over the temperature."""
+    """Log-probability of each token in the distribution that it was drawn from:
+    float32 logits over the temperature."""
     text: str
     ended: bool
     """False: it was cut at the most tokens, and its last one ends nothing."""
@@ -37,8 +38,8 @@ class DrawnAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """The way in which answers are drawn. There is no top-p, no penalty and no stop text: every token that the model
-    may write has to be one that can be drawn."""
+    """The way in which answers are drawn. There is no top-p, no penalty and no stop text: every token that the
+    model may write has to be one that can be drawn."""
 
     tokenizer: Any
     stop_ids: frozenset[int]
@@ -53,7 +54,8 @@ class Draw:
 
 
 def refuse_undrawable(name: str, model: PreTrainedModel) -> None:
-    """Raise ModelError for a model whose answers cannot be decoded together with the logits that each has alone."""
+    """Raise ModelError for a model whose answers cannot be decoded together with the
+    logits that each has alone."""
     if reason := why_not_batched(model, AdapterSet(model)):
         raise ModelError(
             f"{name}: answers cannot be drawn from this model, since many are decoded together: {reason}. Use another "
@@ -77,11 +79,12 @@ def draw_answers(
     adapter: str | None = None,
     on_answers: Callable[[int, Sequence[DrawnAnswer]], None] = lambda prompt, answers: None,
 ) -> list[list[DrawnAnswer]]:
-    """`how.num` answers to each prompt, token ids. Those of one prompt follow from its seed, whatever else is drawn.
-    `adapter`: its name in the decoder's set; None: the model as it is.
-    `on_answers` gets the number of a prompt and its answers as soon as all of them have ended.
+    """`how.num` answers to each prompt, token ids. Those of one prompt follow from its seed, whatever else is
+    drawn. `adapter`: its name in the decoder's set; None: the model as it is. `on_answers` gets the number of a
+    prompt and its answers as soon as all of them have ended.
 
-    Raises OutOfMemoryError where not even the answers to one prompt fit, NonFiniteError for logits that are no numbers.
+    Raises OutOfMemoryError where not even the answers to one prompt fit,
+    NonFiniteError for logits that are no numbers.
     """
     answers: dict[int, list[DrawnAnswer]] = {}
     streams, waiting = max(how.streams, how.num), list(range(len(prompts)))

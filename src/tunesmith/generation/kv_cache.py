@@ -1,8 +1,8 @@
 """Keys and values of the sequences in a batch, and the attention that reads them.
 
-A prompt is read into a block of its own. Sequences that are decoded have rows in pools of 128, 256, 512, ... tokens, so
-that one call of the kernel attends for all rows of a pool and at most half of it is waste. A full row moves to the next
-pool; a row that ends is filled with the last one, so that rows stay dense.
+A prompt is read into a block of its own. Sequences that are decoded have rows in pools of 128, 256, 512, ...
+tokens, so that one call of the kernel attends for all rows of a pool and at most half of it is waste. A full
+row moves to the next pool; a row that ends is filled with the last one, so that rows stay dense.
 """
 
 # N rows of a pool, H heads, G groups of heads that share keys, R heads of a group, T tokens of a pass, L room, D head
@@ -54,17 +54,19 @@ class SequenceSlot:
 
 
 def slot_of(layers: Layers, num_tokens: int) -> SequenceSlot:
-    """The slot of a prompt whose first tokens were read elsewhere; their keys and values become its own, and have room
-    for what is read next."""
+    """The slot of a prompt whose first tokens were read elsewhere; their keys and values become its own, and
+    have room for what is read next."""
     pool = KVPool(max(key_GTD.shape[1] for key_GTD, _ in layers.values()))
     pool.layers = {layer: (key_GTD[None], value_GTD[None]) for layer, (key_GTD, value_GTD) in layers.items()}
     return SequenceSlot(None, pool, num_tokens)
 
 
 class KVPool:
-    """Keys and values of sequences with `room` tokens each, by layer: [N, G, L, D], made when a layer first writes.
+    """Keys and values of sequences with `room` tokens each, by layer: [N, G, L, D],
+    made when a layer first writes.
 
-    `slots` are the sequences that are decoded, in rows 0 to N - 1; none: the first row is of a prompt that is read.
+    `slots` are the sequences that are decoded, in rows 0 to N - 1; none: the first
+    row is of a prompt that is read.
     """
 
     def __init__(self, room: int) -> None:
@@ -204,8 +206,8 @@ def cached_attention(
 ) -> tuple[Tensor, None]:
     """[1, T, H, D]: every token reads the earlier ones of its own sequence, and is kept for later ones.
 
-    Without `layout` it is `attention.packed_attention`. Raises UnsupportedAttentionError for attention sinks and
-    position biases, and for layers without a number.
+    Without `layout` it is `attention.packed_attention`. Raises UnsupportedAttentionError for attention sinks
+    and position biases, and for layers without a number.
     """
     if layout is None:
         others |= {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
@@ -242,8 +244,8 @@ def _decode(rows: DecodeRows, layer: int, new: _New, how: AttentionOptions) -> T
 
 
 def repeats_keys(query: Tensor) -> bool:
-    """Whether keys are copied for each of the heads that share them, where there is a mask: on a card torch has no
-    kernel for both, and keeps all scores."""
+    """Whether keys are copied for each of the heads that share them, where there is a mask: on a card torch has
+    no kernel for both, and keeps all scores."""
     return query.device.type == "cuda"
 
 

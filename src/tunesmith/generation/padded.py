@@ -1,5 +1,6 @@
-"""Answers of models that no `BatchedDecoder` runs: encoder–decoders, recurrent models, and those whose attention cannot
-be replaced; and answers to prompts with images. Decoded by transformers in padded batches, greedily."""
+"""Answers of models that no `BatchedDecoder` runs: encoder–decoders, recurrent models, and
+those whose attention cannot be replaced; and answers to prompts with images. Decoded by
+transformers in padded batches, greedily."""
 
 # B prompts, T tokens
 
@@ -164,8 +165,8 @@ def generate_within(
 def prompt_batches(
     prompts: Sequence[Sequence[int]], numbers: Sequence[int], new_tokens: int, most: int
 ) -> list[list[int]]:
-    """Numbers of prompts, in this order, in batches: as many as fit into `most` tokens with their answers and padding,
-    at least one."""
+    """Numbers of prompts, in this order, in batches: as many as fit into `most` tokens with their
+    answers and padding, at least one."""
     batches: list[list[int]] = []
     for number in numbers:
         longer = [*batches[-1], number] if batches else [number]

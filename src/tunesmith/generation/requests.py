@@ -41,7 +41,8 @@ class GenerationRequest:
 
 
 Token: TypeAlias = Record
-"""A token in OpenAI's shape: its text, log probability before temperature and penalties, bytes and likeliest tokens."""
+"""A token in OpenAI's shape: its text, log probability before temperature and
+penalties, bytes and likeliest tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,8 @@ StreamEvent: TypeAlias = Started | Delta | ToolCall | Finished
 class RequestError(Exception):
     """A request that cannot be answered, in words for its sender.
 
-    `status`: HTTP status: 4xx for the sender's mistake, 429 for a full queue, 503 while the engine is not there, 500
-    for a crash that took this request with it. `code`: what OpenAI's error body calls it.
+    `status`: HTTP status: 4xx for the sender's mistake, 429 for a full queue, 503 while the engine is not
+    there, 500 for a crash that took this request with it. `code`: what OpenAI's error body calls it.
     """
 
     def __init__(

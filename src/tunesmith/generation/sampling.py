@@ -1,4 +1,5 @@
-"""The next token of an answer: greedy or drawn, with penalties, and only what a JSON schema allows; and its text."""
+"""The next token of an answer: greedy or drawn, with penalties, and only what a JSON
+schema allows; and its text."""
 
 # V vocabulary, K most likely tokens
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 16
-"""Prompt tokens decoded with an answer's first ones: for some tokenizers they decide about its first white space."""
+"""Prompt tokens decoded with an answer's first ones: for some tokenizers they decide
+about its first white space."""
 LONGEST_CHARACTER = 6
 """Tokens after which bytes that are not a character are taken as they are; UTF-8 needs four."""
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -38,8 +40,8 @@ _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_s
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A token, its log probability before temperature and penalties, and the most likely tokens with theirs. Of an
-    answer that is kept: the log probability in the distribution that it was drawn from."""
+    """A token, its log probability before temperature and penalties, and the most likely tokens with theirs. Of
+    an answer that is kept: the log probability in the distribution that it was drawn from."""
 
     token_id: int
     logprob: float = math.nan
@@ -63,8 +65,8 @@ class Sampler:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next token is the likeliest, or drawn from all tokens by their probability, and nothing else is
-        asked."""
+        """Whether the next token is the likeliest, or drawn from all tokens by their
+        probability, and nothing else is asked."""
         params = self.params
         alters = self.grammar is not None or params.presence_penalty or params.frequency_penalty
         return not alters and params.logprobs is None and (self.is_greedy or params.top_p >= 1)
@@ -147,8 +149,8 @@ def _at(probs_K: Tensor, point: float) -> int:
 def sample_together(samplers: Sequence[Sampler], logits_NV: Tensor) -> list[SampledToken | RequestError]:
     """The next token of each answer, or why there is none: the tokens, bit for bit, that each draws by itself.
 
-    Likeliest tokens and plain draws are found together, so that a device is waited for once for all of them and not
-    once for each.
+    Likeliest tokens and plain draws are found together, so that a device is waited for once for
+    all of them and not once for each.
     """
     tokens: dict[int, SampledToken | RequestError] = {}
     plain = [n for n, sampler in enumerate(samplers) if sampler.is_plain]

@@ -1,4 +1,5 @@
-"""Continuous batching: each step decodes one more token of every answer, and reads more of the waiting prompts."""
+"""Continuous batching: each step decodes one more token of every answer, and reads
+more of the waiting prompts."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ def places_room(num_tokens: int, num_answers: int = 1) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """An answer that has begun elsewhere. The prompt of its request has its first tokens at the end, and was read but
-    for its very last token."""
+    """An answer that has begun elsewhere. The prompt of its request has its first tokens at the end, and was
+    read but for its very last token."""
 
     slot: SequenceSlot
     """The tokens that were read, with a place for one more."""
@@ -104,8 +105,8 @@ class _Answer:
 class Scheduler:
     """At most `streams` answers are decoded together; further requests wait in order.
 
-    `room`: most tokens of cache that all answers may take; None: no limit. `read`: most tokens of prompts that a step
-    reads; None: few where answers would wait for them.
+    `room`: most tokens of cache that all answers may take; None: no limit. `read`: most tokens of prompts that
+    a step reads; None: few where answers would wait for them.
     """
 
     def __init__(self, decoder: Decoder, *, streams: int, room: int | None = None, read: int | None = None) -> None:
@@ -177,7 +178,8 @@ class Scheduler:
         return None
 
     def _give_way(self) -> list[KeyedEvent]:
-        """Fail the youngest request, so that there is memory for others; all, if their step cannot be made again."""
+        """Fail the youngest request, so that there is memory for others; all, if
+        their step cannot be made again."""
         keys = {prefill.request.key for prefill in self._prefills}
         keys |= {answer.request.key for answer in self._answers.values()}
         youngest = [max(keys)] if self._decoder.can_redo else sorted(keys)

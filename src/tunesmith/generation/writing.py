@@ -1,7 +1,7 @@
 """Answers that a model writes greedily: a run's before and after, an evaluation's, `predict`'s.
 
-The scheduler that serves writes them, so that an answer is the one that a server gives. Models whose sequences cannot
-be decoded together write in padded batches, as `AnswerWriter.why_padded` says.
+The scheduler that serves writes them, so that an answer is the one that a server gives. Models whose sequences
+cannot be decoded together write in padded batches, as `AnswerWriter.why_padded` says.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ Tick = Callable[[int], None]
 
 
 def cache_tokens(tokens_per_pass: int, *, recomputed: int = 0) -> int:
-    """Tokens of cache that answers may take; `recomputed`: layers that are computed again since memory is short."""
+    """Tokens of cache that answers may take; `recomputed`: layers that are computed
+    again since memory is short."""
     return tokens_per_pass * (2 if recomputed else PASSES)
 
 
@@ -45,8 +46,8 @@ def written_together(num_tokens: float, cache: int) -> int:
 
 
 class Writing:
-    """Answers that are being written, by their keys. `answers` has those that are done, and none that memory ended
-    for."""
+    """Answers that are being written, by their keys. `answers` has those that are done,
+    and none that memory ended for."""
 
     def __init__(
         self,
@@ -88,8 +89,8 @@ class Writing:
         self._scheduler.add(request)
 
     def go_on(self, tick: Tick, *, to_the_end: bool) -> None:
-        """Write until there is room for more, or to the end of all. Raises NonFiniteError for logits that are no
-        numbers."""
+        """Write until there is room for more, or to the end of all. Raises NonFiniteError
+        for logits that are no numbers."""
         scheduler = self._scheduler
         if not (scheduler.is_busy if to_the_end else self.is_full):
             return
@@ -140,8 +141,8 @@ class AnswerWriter:
     def write(
         self, prompts: Sequence[Sequence[int]], tick: Tick = lambda done: None, *, images: ImagesOf = ()
     ) -> list[GeneratedAnswer]:
-        """The answer to each prompt; prompts with images are answered in padded batches. Raises OutOfMemoryError where
-        not even one at a time fits, and NonFiniteError."""
+        """The answer to each prompt; prompts with images are answered in padded batches. Raises
+        OutOfMemoryError where not even one at a time fits, and NonFiniteError."""
         answers: dict[int, GeneratedAnswer] = {}
         longest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         seeing = [i for i in longest_first if images and images[i]]

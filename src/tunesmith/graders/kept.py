@@ -25,8 +25,9 @@ class KeptGrades(dict[str, Grade]):
         self._new.append(key)
 
     def keep_in(self, path: Path) -> list[int]:
-        """Take the grades of a file, and append new ones to it. A last line that a killed process has left half is cut
-        off. Returns the numbers of the lines that are damaged, whose grades are made anew. Raises StorageError.
+        """Take the grades of a file, and append new ones to it. A last line that a killed process
+        has left half is cut off. Returns the numbers of the lines that are damaged, whose grades
+        are made anew. Raises StorageError.
         """
         self._path, damaged = path, list[int]()
         if not path.exists():

@@ -264,7 +264,8 @@ def parts_of(grader: Any) -> dict[str, Any]:
 
 
 def load(word: str) -> Any:
-    """The grader that `--grader` names: file.py[:function], a .json or .yaml file, or run:RUN. Raises InputError."""
+    """The grader that `--grader` names: file.py[:function], a .json or .yaml file,
+    or run:RUN. Raises InputError."""
     if word.startswith(RUN_PREFIX):
         return from_value({"type": "reward_run", "run": word.removeprefix(RUN_PREFIX)}, place=f"--grader: {word}")
     path, _, name = word.partition(":") if not Path(word).exists() else (word, "", "")

@@ -1,7 +1,7 @@
 """Graders of strangers, as clients of a server send them: which may run here, and the form in which they run.
 
-What a grader reads is its owner's, what it uses is the server's: code, addresses, keys, files and limits are allowed by
-who runs the server, or not at all.
+What a grader reads is its owner's, what it uses is the server's: code, addresses, keys, files and limits are
+allowed by who runs the server, or not at all.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ class GraderRules(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     python: bool = False
-    """Whether code of clients runs here, in `python` and `unit_tests`: as the server's user, within limits of time and
-    memory."""
+    """Whether code of clients runs here, in `python` and `unit_tests`: as the server's user,
+    within limits of time and memory."""
     judges: dict[str, Judge] = Field(default_factory=dict)
     """Models of `score_model`, by the names that clients use."""
 
 
 class GraderRefusedError(InputError):
-    """A grader that is none ("invalid_grader"), or that may not run here ("grader_not_allowed"), with its place."""
+    """A grader that is none ("invalid_grader"), or that may not run here
+    ("grader_not_allowed"), with its place."""
 
     def __init__(self, message: str, *, code: str, place: str) -> None:
         super().__init__(message)

@@ -397,7 +397,8 @@ def _weighed(labels: Labels | None, weights: str | Mapping[str, float] | None) -
 
 
 def _longest_prompt(most: int, new: int) -> int:
-    """Most tokens of a prompt to which `new` are drawn, of `most` together. Raises RecipeError where none are left."""
+    """Most tokens of a prompt to which `new` are drawn, of `most` together. Raises
+    RecipeError where none are left."""
     if new >= most:
         raise RecipeError(
             f"reinforce.max_new_tokens: {new:,}: leaves no room for a prompt in data.max_tokens, which is {most:,}. "
@@ -407,7 +408,8 @@ def _longest_prompt(most: int, new: int) -> int:
 
 
 def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Renderer:
-    """The renderer of a resolved recipe. Raises RecipeError where answers to be drawn leave no room for a prompt."""
+    """The renderer of a resolved recipe. Raises RecipeError where answers to be
+    drawn leave no room for a prompt."""
     task, most = TASKS[resolved(recipe.task)], resolved(recipe.data.max_tokens)
     return Renderer(
         tokenizer,

@@ -27,8 +27,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class RewardScorer:
-    """The numbers that a run of task reward gives to answers: one at a time, so that none depends on which others are
-    graded with it. Raises what loading the run does, and InputError for a run of another task."""
+    """The numbers that a run of task reward gives to answers: one at a time, so that none depends on which
+    others are graded with it. Raises what loading the run does, and InputError for a run of another task."""
 
     def __init__(self, grader: RewardRun, *, root: Path, offline: bool = False, device: str | None = None) -> None:
         run = reward_run(grader, root)
@@ -37,7 +37,8 @@ class RewardScorer:
         self.identity: Mapping[str, str] = loaded.identity()
 
     def __call__(self, item: Record, text: str) -> float:
-        """The reward of an answer to the prompt of a row. Raises GradeError for one that the run cannot read."""
+        """The reward of an answer to the prompt of a row. Raises GradeError for one
+        that the run cannot read."""
         row = RowProblems(Source("", 0))
         asked, _, tools = asked_in(item, row)
         # Templates refuse an answer without a letter.
@@ -53,8 +54,8 @@ class RewardScorer:
 def pool_of(
     word: str, item: Record, kept: MutableMapping[str, Grade], *, root: Path, offline: bool, device: str
 ) -> Pool:
-    """The pool of the grader that a recipe names, with its reward runs. Raises InputError for a grader that cannot be
-    loaded, or that names a field which `item`, the first row, lacks."""
+    """The pool of the grader that a recipe names, with its reward runs. Raises InputError for a grader that
+    cannot be loaded, or that names a field which `item`, the first row, lacks."""
     grader = schema.load(word)
     schema.check_variables(grader, item)
     scorer_of = partial(RewardScorer, root=root, offline=offline, device=device)

@@ -97,9 +97,9 @@ class LocalLauncher:
 def start_child(
     run: Path, module: str, words: Sequence[str], environment: Mapping[str, str], *, room: int = 0, says: bool = False
 ) -> ChildProcess:
-    """Start a module with its arguments, known by files next to `run`, and with `room` bytes of the disk for
-    what it prints, so that a full disk is met before it works. `says`: what it says on stderr is kept too. Raises
-    OSError."""
+    """Start a module with its arguments, known by files next to `run`, and with `room` bytes of the
+    disk for what it prints, so that a full disk is met before it works. `says`: what it says on
+    stderr is kept too. Raises OSError."""
     lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

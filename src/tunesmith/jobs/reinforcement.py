@@ -13,19 +13,21 @@ from tunesmith.types import JsonObject, Record
 USUAL = Reinforce()
 LEAST_SAMPLES, MOST_SAMPLES = 2, 64
 EVALUATIONS = 10
-"""Evaluations of a run by `eval_interval: auto`; fewer where they would draw more than `SHARE` of its answers."""
+"""Evaluations of a run by `eval_interval: auto`; fewer where they would draw more
+than `SHARE` of its answers."""
 SHARE = 0.25
 
 
 def samples_of(compute_multiplier: float | str) -> int:
-    """Answers drawn to each prompt of a step: the usual number times `compute_multiplier`, within what can be learnt
-    from."""
+    """Answers drawn to each prompt of a step: the usual number times `compute_multiplier`,
+    within what can be learnt from."""
     times = 1.0 if isinstance(compute_multiplier, str) else compute_multiplier
     return min(MOST_SAMPLES, max(LEAST_SAMPLES, round(USUAL.samples * times)))
 
 
 def decided(numbers: Record, *, num_rows: int, num_validation: int) -> JsonObject:
-    """The numbers of a job with `n_epochs`, `eval_interval` and `eval_samples` decided where they are "auto"."""
+    """The numbers of a job with `n_epochs`, `eval_interval` and `eval_samples`
+    decided where they are "auto"."""
     rows = min(num_rows, PROMPTS if numbers["batch_size"] == "auto" else numbers["batch_size"])
     per_epoch, samples = -(-num_rows // rows), samples_of(numbers["compute_multiplier"])
     epochs, held_out, interval = (numbers[name] for name in ("n_epochs", "eval_samples", "eval_interval"))

@@ -34,7 +34,8 @@ def of_evaluation(run_event: Event) -> JsonObject:
 
 
 def table(run_events: Iterable[Event]) -> tuple[Sequence[str], list[JsonObject]]:
-    """Columns and lines of the results file: parts of a multi grader and errors have columns where there are any."""
+    """Columns and lines of the results file: parts of a multi grader and errors have
+    columns where there are any."""
     rows: dict[int, JsonObject] = {}
     more: dict[str, None] = {}
     for run_event in run_events:

@@ -266,7 +266,8 @@ def _add_event_routes(router: APIRouter, store: Store) -> None:
 def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key: str | None = None) -> Record:
     """The row of a new job, or of the one that a request with the same key has just made.
 
-    Raises RequestError for a model, a file or a service that is not there, and for a grader that is not allowed.
+    Raises RequestError for a model, a file or a service that is not there, and for a
+    grader that is not allowed.
     """
     base, shown, parent = _start(store, bases, body.model)
     if body.grader is not None:

@@ -91,7 +91,8 @@ class EventTranslator:
 
 
 def held_out_metrics(values: Record) -> JsonObject:
-    """The metrics of a checkpoint from an evaluation: of the whole file; a loss under both of OpenAI's names."""
+    """The metrics of a checkpoint from an evaluation: of the whole file; a loss
+    under both of OpenAI's names."""
     if "reward" in values["measures"]:
         return {"full_valid_mean_reward": values["measures"]["reward"]["value"]}
     loss = _number(values["loss"])

@@ -65,8 +65,8 @@ class _TooManyErrorsError(Exception):
 def check_file(
     path: Path, which: str, *, method: str, min_examples: int, grader: JsonObject | None = None
 ) -> CheckedFile:
-    """Read all rows of a training or validation file of a job of this method, whose grader finds its fields in the
-    first. Raises FileFault."""
+    """Read all rows of a training or validation file of a job of this method, whose grader finds its fields
+    in the first. Raises FileFault."""
     if path.is_symlink() or not path.is_file():
         message = f"The {which} file {path.name} was deleted."
         raise FileFault(f"invalid_{which}_file", message, f"{which}_file")

@@ -1,8 +1,9 @@
 """Uploads in parts: parts arrive in any order and at once, and are joined in the order given at the end.
 
-A part is a file parts/UPLOAD/PART of the store, complete or absent after a kill; it is not written through to the disk,
-so that after a power cut parts may be short, which `complete` refuses by their sizes or MD5. The joined file appears
-with its row and the state of its upload in one transaction, so that a kill leaves a pending upload or a whole file.
+A part is a file parts/UPLOAD/PART of the store, complete or absent after a kill; it is not written
+through to the disk, so that after a power cut parts may be short, which `complete` refuses by their sizes
+or MD5. The joined file appears with its row and the state of its upload in one transaction, so that a
+kill leaves a pending upload or a whole file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Adapters of experts in files, as PEFT writes its `target_parameters` (`peft.tuners.lora.layer.ParamWrapper`).
 
-A is [E R, I] there, the expert the slowest index, and B is [O, R E], the expert the *fastest*. PEFT wraps a module of
-experts once for each tensor that is adapted, in the order in which the module holds them. So files call the last one
-by the module's name, and the one before it `base_layer` of that.
+A is [E R, I] there, the expert the slowest index, and B is [O, R E], the expert the *fastest*. PEFT wraps a
+module of experts once for each tensor that is adapted, in the order in which the module holds them. So files
+call the last one by the module's name, and the one before it `base_layer` of that.
 """
 
 # E experts, I inputs, O outputs, R rank

@@ -58,6 +58,7 @@ class ExpertLora(nn.Module):
 
 
 def usual_rank(rank: int, per_token: int) -> int:
-    """The rank for an expert where a dense layer has `rank`: divided among the experts of a token, so that a token
-    meets about as many numbers as it would there (Schulman & Thinking Machines Lab, "LoRA Without Regret", 2025)."""
+    """The rank for an expert where a dense layer has `rank`: divided among the experts of a token,
+    so that a token meets about as many numbers as it would there (Schulman & Thinking Machines
+    Lab, "LoRA Without Regret", 2025)."""
     return min(rank, -(-max(1, rank // per_token) // RANKS_READ_FAST) * RANKS_READ_FAST)

@@ -1,5 +1,5 @@
-"""LoRA and DoRA on a whole model: it is frozen, low-rank adapters on its linear layers and experts are trained, and
-with them what the recipe names and a new head, whole.
+"""LoRA and DoRA on a whole model: it is frozen, low-rank adapters on its linear layers and experts are trained,
+and with them what the recipe names and a new head, whole.
 """
 
 # I inputs, O outputs, R rank
@@ -71,8 +71,8 @@ class Whole:
 
 class LoraAttachment(Attachment):
     """The adapters on a model. `trained` has for each layer `<layer>.lora_A.weight` [R, I] and
-    `<layer>.lora_B.weight` [O, R], with DoRA `<layer>.lora_magnitude_vector` [O], for products of experts [E, R, I]
-    and [E, O, R]; then weights trained whole, and rows of new tokens.
+    `<layer>.lora_B.weight` [O, R], with DoRA `<layer>.lora_magnitude_vector` [O], for products of experts [E,
+    R, I] and [E, O, R]; then weights trained whole, and rows of new tokens.
     """
 
     def __init__(

@@ -53,7 +53,8 @@ def _weight_name(target: Target) -> str:
 
 @torch.no_grad()
 def _pack_read(model: PreTrainedModel, name: str) -> nn.Module:
-    """Pack the weight of this name, which has been read, on the device where it is; the layer that it is now."""
+    """Pack the weight of this name, which has been read, on the device where it is;
+    the layer that it is now."""
     parent = model.get_submodule(name.rpartition(".")[0])
     if is_experts(parent):
         target = Target((name,), expert_layer(parent, name.rpartition(".")[2]))
@@ -66,8 +67,8 @@ def _pack_read(model: PreTrainedModel, name: str) -> nn.Module:
 
 @torch.no_grad()
 def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str | torch.device) -> tuple[str, ...]:
-    """Pack the linear layers and the experts inside the decoder and encoder layers, and move the model to `device`;
-    notes.
+    """Pack the linear layers and the experts inside the decoder and encoder layers, and
+    move the model to `device`; notes.
 
     Modules that are trained whole, embeddings, norms and the head keep their weights. Each layer is packed on
     `device` and released before the next, so that neither side ever holds two models. Layers that `packing`

@@ -1,7 +1,8 @@
 """The layers and modules that the words of a recipe mean, in a model.
 
-A word is the end of a name (`q_proj`, `mlp.down_proj`), or `re:` and a regular expression to search names. Products of
-experts, which a mixture keeps in one tensor each, are meant only by words that have `experts` in them.
+A word is the end of a name (`q_proj`, `mlp.down_proj`), or `re:` and a regular expression to
+search names. Products of experts, which a mixture keeps in one tensor each, are meant only by
+words that have `experts` in them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ _REPEATED = re.compile(r"\)[*+{]|\{\d*,?\d{4}")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One linear layer, or one product of all experts, and every name that reaches it; the first is its name."""
+    """One linear layer, or one product of all experts, and every name that reaches
+    it; the first is its name."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -73,8 +75,8 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     experts. Layers of a head, which is trained whole, are not among them, nor `unread_linears`.
 
     Besides names, a word is `all-linear` (every linear layer inside the decoder layers but `is_router`),
-    `attention` (those inside an attention module), `mlp` (the others) or `experts` (every product of experts); of a
-    model that sees these are of its language part, and `vision` and `projector` mean the other parts.
+    `attention` (those inside an attention module), `mlp` (the others) or `experts` (every product of experts);
+    of a model that sees these are of its language part, and `vision` and `projector` mean the other parts.
 
     Raises:
         RecipeError: a word for no layer, an embedding, or a layer that shares its weight (a tied output head).

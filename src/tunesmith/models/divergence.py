@@ -2,12 +2,12 @@
 
     p, q    probabilities of teacher and learner, softmax(logits / T) over the common vocabulary
     listed  Σ_K p log(p / q) + p_rest log(p_rest / q_rest): KL(p ‖ q) of the teacher's K likeliest tokens and one event
-            for all others, by which it is at most the whole one. Gradient by the logits: q − p at a listed token,
-            q − p_rest q / q_rest at another, over T
+            for all others, by which it is at most the whole one. Gradient by the logits: q − p at a listed
+            token, q − p_rest q / q_rest at another, over T
     reverse Σ q log(q / p), KL(q ‖ p). Gradient: q (log(q / p) − KL), over T
 
-Agarwal et al. 2023, "On-Policy Distillation of Language Models", arXiv 2306.13649, section 3. Nothing is multiplied by
-T², and a list is neither normalised again nor cut: the rest is computed, not 1 − Σ.
+Agarwal et al. 2023, "On-Policy Distillation of Language Models", arXiv 2306.13649, section 3. Nothing is
+multiplied by T², and a list is neither normalised again nor cut: the rest is computed, not 1 − Σ.
 """
 
 # N targets, V vocabulary, K listed tokens, C numbers of a target, D hidden size
@@ -108,7 +108,8 @@ def reverse(teacher_of: Callable[[slice], Tensor], *, vocabulary: int, temperatu
 
 
 def _in_parts(logits_NV: Tensor, here: slice, *, of_part: OfPiece) -> tuple[Tensor, Tensor]:
-    """A piece in parts, whose gradients take the place of the logits: each needs several times its own memory."""
+    """A piece in parts, whose gradients take the place of the logits: each needs
+    several times its own memory."""
     start, losses_N = here.start or 0, logits_NV.new_empty(len(logits_NV))
     size = max(1, PART_BYTES // (logits_NV.element_size() * logits_NV.shape[1]))
     for begin in range(0, len(logits_NV), size):

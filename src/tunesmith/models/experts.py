@@ -2,11 +2,11 @@
 
     y_s = x_s W_eᵀ + σ (x_s A_eᵀ) B_eᵀ        row s: a token at one of the experts that it chose, e
 
-Since transformers 5 a mixture keeps a product of all its experts in one tensor, [E, O, I] or [E, I, O], and a module
-says by its flags what lies between its two products. So one forward serves every family on transformers'
-`ExpertsInterface`: it does what `grouped_mm_experts_forward` there does, in the same order, and equals it to the last
-bit where no path is added. Here a product may also be packed, or have a low-rank path. W + σ B A is never formed:
-that would be as many numbers as the experts have, in every pass.
+Since transformers 5 a mixture keeps a product of all its experts in one tensor, [E, O, I] or [E, I, O], and a
+module says by its flags what lies between its two products. So one forward serves every family on transformers'
+`ExpertsInterface`: it does what `grouped_mm_experts_forward` there does, in the same order, and equals it to
+the last bit where no path is added. Here a product may also be packed, or have a low-rank path. W + σ B A is
+never formed: that would be as many numbers as the experts have, in every pass.
 """
 
 # T tokens, K experts a token, S = T K rows, E experts, I inputs, O outputs, R rank
@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
 
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts")
-"""Facts of a module of experts that transformers' `use_experts_implementation` and the classes under it keep."""
+"""Facts of a module of experts that transformers' `use_experts_implementation` and
+the classes under it keep."""
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 """Names in configs for the number of experts that a token goes to."""
 _ALIGNED_BYTES = 16
@@ -33,7 +34,8 @@ _ALIGNED_BYTES = 16
 
 
 class ExpertMatrix(nn.Module):
-    """One product of all experts: the tensor that a module of experts holds under a name, as a layer of its own."""
+    """One product of all experts: the tensor that a module of experts holds under a
+    name, as a layer of its own."""
 
     def __init__(self, weight: nn.Parameter, *, is_transposed: bool) -> None:
         """`weight`: [E, O, I], or [E, I, O] if `is_transposed`. It is shared, not copied."""
@@ -139,7 +141,8 @@ def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def expert_layer(experts: nn.Module, product: str) -> nn.Module:
-    """A product of all experts as a layer: what takes the place of its tensor, or the tensor as an `ExpertMatrix`."""
+    """A product of all experts as a layer: what takes the place of its tensor, or
+    the tensor as an `ExpertMatrix`."""
     inside: nn.Module | nn.Parameter = getattr(experts, product)
     if isinstance(inside, nn.Parameter):
         return ExpertMatrix(inside, is_transposed=bool(experts.is_transposed))
@@ -147,7 +150,8 @@ def expert_layer(experts: nn.Module, product: str) -> nn.Module:
 
 
 def put_expert_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Let `layer` compute the product of experts of this name; an `ExpertMatrix` is put back as the plain tensor."""
+    """Let `layer` compute the product of experts of this name; an `ExpertMatrix` is
+    put back as the plain tensor."""
     parent, _, product = name.rpartition(".")
     experts = model.get_submodule(parent)
     delattr(experts, product)  # torch puts no module in the place of a parameter
@@ -275,8 +279,8 @@ def _sums_by_expert(g_SO: Tensor, x_SI: Tensor, rows: Rows) -> Tensor:
 
 
 def _can_group(*tensors: Tensor) -> bool:
-    """Whether torch multiplies them by group, all experts in one operation: where it has such a product, for rows
-    or columns that begin where it can read them."""
+    """Whether torch multiplies them by group, all experts in one operation: where it has such a product, for
+    rows or columns that begin where it can read them."""
     device = tensors[0].device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False

@@ -44,8 +44,8 @@ CHUNK_TARGETS = 128
 """At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets."""
 LOSS_PROBE_TOKENS = 8
 OfPiece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(logits [N, V] of a piece of the targets, float32, which may be written over; which targets these are) → (the loss of
-each, the gradient by the logits)."""
+"""(logits [N, V] of a piece of the targets, float32, which may be written over; which targets these are) → (the
+loss of each, the gradient by the logits)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +272,8 @@ def _times(saved: Tensor, factor: Tensor) -> Tensor:
 def _of_chunk(
     hidden_ND: Tensor, here: slice, output: OutputLayer, of_piece: OfPiece, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """[N], the losses of the targets `here`, and [N, V], the gradient of the linear layer's output, in `hidden_ND`'s
-    precision."""
+    """[N], the losses of the targets `here`, and [N, V], the gradient of the linear layer's
+    output, in `hidden_ND`'s precision."""
     logits_NV = output.logits(hidden_ND)
     capped_NV = None if output.cap is None else logits_NV
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=capped_NV is not None)

@@ -1,8 +1,8 @@
 """The arguments by which a model reads the images of a batch: their vectors, where they stand, and positions.
 
 Images go through the vision tower outside of the pass of the text, whose own forward takes their vectors as
-`mm_encoder_outputs`. Through a frozen tower each goes alone: its vectors then follow from the image and the tower,
-whatever rows it stands in, so they are computed once and kept, with the same bits.
+`mm_encoder_outputs`. Through a frozen tower each goes alone: its vectors then follow from the image and the
+tower, whatever rows it stands in, so they are computed once and kept, with the same bits.
 """
 
 # B rows, T tokens, M kinds of positions

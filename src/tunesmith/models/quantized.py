@@ -56,8 +56,8 @@ def _functional() -> Any:
 
 
 def pack(weight: Tensor) -> dict[str, Tensor]:
-    """The parts of a packed weight by name: `packed` (uint8, two weights each), `scales` (uint8, of each block), and
-    what the scales are scaled by. It is packed on the weight's device."""
+    """The parts of a packed weight by name: `packed` (uint8, two weights each), `scales` (uint8, of each
+    block), and what the scales are scaled by. It is packed on the weight's device."""
     weight = weight.contiguous()
     packed, state = _functional().quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
     nested = state.state2
@@ -177,9 +177,9 @@ class PackOnLoad(QuantizationConfigMixin):  # type: ignore[misc]
         *,
         element_size: float,
     ) -> None:
-        """`choose`: the names of weights to pack, of a model without weights. `pack`: packs the weight of this name,
-        which was read to where it is kept, and returns the layer that takes its place. `element_size`: bytes of a
-        packed weight."""
+        """`choose`: the names of weights to pack, of a model without weights. `pack`: packs the weight of
+        this name, which was read to where it is kept, and returns the layer that takes its place.
+        `element_size`: bytes of a packed weight."""
         self.quant_method = PACK_ON_LOAD
         self.choose, self.pack, self.element_size = choose, pack, element_size
         AUTO_QUANTIZER_MAPPING[PACK_ON_LOAD] = _Quantizer

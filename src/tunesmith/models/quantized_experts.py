@@ -1,6 +1,7 @@
 """Experts of a mixture kept in 4 bits, of which one is unpacked at a time.
 
-The format is as in `quantized`, for each expert by itself: its blocks, the scales of its blocks, and their mean.
+The format is as in `quantized`, for each expert by itself: its blocks, the scales of
+its blocks, and their mean.
 """
 
 # E experts, O outputs, I inputs

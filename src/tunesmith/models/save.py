@@ -126,8 +126,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located:
     """The tokenizer's files: copies of those it came from, unless it was changed or they have no
     tokenizer.json, as in a GGUF and in older models that bring a sentencepiece file.
 
-    The processor's files, of a model that sees, are copied as they are. A chat template that was given by file is
-    written too, and replaces any other.
+    The processor's files, of a model that sees, are copied as they are. A chat template that was given by file
+    is written too, and replaces any other.
     """
     for name in PROCESSOR_FILES:
         if (located.path / name).is_file():

@@ -1,8 +1,8 @@
 """The processor of a model that sees: the text in the place of an image, and its pixels.
 
-The processor is built of its parts, with Pillow as the only resizer: with torchvision installed transformers resizes
-otherwise, so that a server with and one without it would answer differently. Videos are never read, and what only they
-need is not asked for.
+The processor is built of its parts, with Pillow as the only resizer: with torchvision installed transformers
+resizes otherwise, so that a server with and one without it would answer differently. Videos are never read, and
+what only they need is not asked for.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _REFUSALS = (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
 
 
 def vision_of(tokenizer: Any) -> Vision | None:
-    """The images of the model whose tokenizer it is: its processor's files lie beside the tokenizer's. None: it reads
-    text alone, or its family is not one of `FAMILIES`."""
+    """The images of the model whose tokenizer it is: its processor's files lie beside the tokenizer's. None: it
+    reads text alone, or its family is not one of `FAMILIES`."""
     folder = Path(tokenizer.name_or_path)
     name = processor_class(folder)
     return Vision(folder, name) if name in _PROCESSORS else None
@@ -136,7 +136,8 @@ class Vision:
 
 
 def _build(folder: Path, name: str) -> Any:
-    """The processor of its parts, without a reader of videos: those need torchvision, and nothing here reads any.
+    """The processor of its parts, without a reader of videos: those need
+    torchvision, and nothing here reads any.
 
     Raises ImportError for a release of transformers that builds processors in another way.
     """
@@ -166,7 +167,8 @@ _MERGER = "merger"
 
 
 def part_modules(model: torch.nn.Module) -> dict[str, list[str]]:
-    """Names of modules of a model that sees, by the words for its parts: language, projector, vision. Empty for others.
+    """Names of modules of a model that sees, by the words for its parts: language,
+    projector, vision. Empty for others.
 
     The projector is what lies beside the tower and the language model, or the merger inside a tower.
     """

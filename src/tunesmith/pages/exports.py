@@ -1,4 +1,5 @@
-"""Exports that pages start: `tunesmith export` in a process of its own, and all exports of a run with their proof."""
+"""Exports that pages start: `tunesmith export` in a process of its own, and all
+exports of a run with their proof."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ def start(run: Run, word: str, *, offline: bool) -> JsonObject:
 
 
 def exports_of(run: Run) -> list[JsonObject]:
-    """{name, path, state, progress, error, bytes, check} of each export, by name. `state`: making, done or failed;
-    `check`: what was compared with the tuned model, with `lines` of (what, value, bound)."""
+    """{name, path, state, progress, error, bytes, check} of each export, by name. `state`: making, done or
+    failed; `check`: what was compared with the tuned model, with `lines` of (what, value, bound)."""
     folder = run.path / "exports"
     try:
         present = sorted(folder.iterdir())

@@ -1,7 +1,7 @@
 """Runs that pages start: `tunesmith train` and `resume` in processes of their own, which outlive the server.
 
-A process holds a lock file next to its run folder and prints into a file there, so that a server that is started again
-finds what an earlier one began, and why it ended where there is no run folder yet.
+A process holds a lock file next to its run folder and prints into a file there, so that a server that is
+started again finds what an earlier one began, and why it ended where there is no run folder yet.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def stop(run: Run) -> JsonObject:
 
 
 def stop_starting(run: Path) -> JsonObject:
-    """End the process of a run that has no folder yet, and forget it: nothing is lost. Raises RequestError 409 for one
-    that does not end."""
+    """End the process of a run that has no folder yet, and forget it: nothing is lost. Raises
+    RequestError 409 for one that does not end."""
     child, until = ChildProcess(run), time.monotonic() + ENDS_S
     child.stop()
     while child.is_alive() and time.monotonic() < until:
@@ -102,7 +102,8 @@ def stop_starting(run: Path) -> JsonObject:
 
 
 def start_process(run: Path, words: Sequence[str], *, says: bool = False) -> None:
-    """Start a command that is known by files next to `run`. Raises RequestError: 409 where one works already."""
+    """Start a command that is known by files next to `run`. Raises RequestError: 409
+    where one works already."""
     try:
         start_child(run, "tunesmith", words, WHOLE_CARD, says=says)
     except BlockingIOError as error:

@@ -1,4 +1,5 @@
-"""Data files and models below one folder of this machine: listed, looked up by name, and received from a browser."""
+"""Data files and models below one folder of this machine: listed, looked up by name,
+and received from a browser."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ BEFORE = 2
 
 
 def row_address(places: Mapping[str, str], source: str) -> str:
-    """The address of a row in Data by its source, FILE:LINE; empty for a file that is not of `LocalFiles.places`."""
+    """The address of a row in Data by its source, FILE:LINE; empty for a file that
+    is not of `LocalFiles.places`."""
     match = _SOURCE.match(source)
     name = places.get(os.path.abspath(match["path"])) if match else None
     if match is None or name is None:
@@ -52,8 +54,8 @@ class LocalFiles:
         self.folder, self._runs = folder, runs.absolute()
 
     def listing(self) -> JsonObject:
-        """{files, models, more}: files of rows as {name, path, bytes, time}, newest first; folders of models and GGUF
-        files by name; and a sentence on what is left out, or ""."""
+        """{files, models, more}: files of rows as {name, path, bytes, time}, newest first; folders of models
+        and GGUF files by name; and a sentence on what is left out, or ""."""
         files: list[Any] = []
         models, num = [], 0
         for num, path in enumerate(self._walk(), start=1):
@@ -105,7 +107,8 @@ class LocalFiles:
     async def receive(self, name: str, request: Request) -> JsonObject:
         """Store the body of a request as a new file of that name; a name that is taken gets a number.
 
-        Raises RequestError for a name that is no file's, or another kind of file, and where the disk has no room.
+        Raises RequestError for a name that is no file's, or another kind of file,
+        and where the disk has no room.
         """
         if not re.fullmatch(r"[^/\\\0-\x1f\x7f]{1,200}", name) or name.startswith("."):
             raise RequestError(f"{name[:100]!r}: is no name for a file.", param="name")

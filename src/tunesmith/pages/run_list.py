@@ -39,8 +39,8 @@ class RunList:
         self._lock = threading.Lock()
 
     def page(self, find: str = "", after: int = 0, limit: int = PAGE) -> JsonObject:
-        """{runs, working, total, matching, next}: the rows from number `after` on of the runs whose names contain
-        `find`, and apart from them all that are at work."""
+        """{runs, working, total, matching, next}: the rows from number `after` on of the runs whose names
+        contain `find`, and apart from them all that are at work."""
         with self._lock:
             names = self._names()
             matching = [name for name in names if find.lower() in name.lower()]

@@ -81,7 +81,8 @@ class Site:
         return self.commands.ask(RESULT_PROCESS, words, [run.report_path, run.events_path])
 
     def compare(self, names: Sequence[str]) -> Reply:
-        """The answer of `tunesmith compare` on runs by name. Raises RequestError for fewer than two, or too many."""
+        """The answer of `tunesmith compare` on runs by name. Raises RequestError for
+        fewer than two, or too many."""
         if not 2 <= len(names) <= MOST_COMPARED:
             raise RequestError(f"run: {len(names)} runs: name 2 to {MOST_COMPARED}.", param="run")
         runs = [self.find(name) for name in names]
@@ -124,8 +125,8 @@ def curl(url: str, model: Record) -> str:
 
 
 def door_to(link: str, door: Path) -> str:
-    """The address of a file that leads to the link and that this user alone can read; the link itself where it cannot
-    be written. Other users see the words that a process was started with, also of a browser."""
+    """The address of a file that leads to the link and that this user alone can read; the link itself where it
+    cannot be written. Other users see the words that a process was started with, also of a browser."""
     try:
         door.parent.mkdir(parents=True, exist_ok=True)
         door.unlink(missing_ok=True)

@@ -331,8 +331,9 @@ def _precision(method: MethodOptions, train: Train, facts: Facts) -> tuple[str, 
 
 
 def _every(train: Train, documents: int, task: Task, facts: Facts) -> tuple[int | str | None, str]:
-    """On the way a run is measured where that is cheap and learning by heart is near: new heads and vectors of
-    small models learn few rows in several epochs. Nothing is said of others. `documents`: see `embed.documents`."""
+    """On the way a run is measured where that is cheap and learning by heart is near: new heads and
+    vectors of small models learn few rows in several epochs. Nothing is said of others.
+    `documents`: see `embed.documents`."""
     per_epoch = facts.steps_per_epoch(resolved(train.rows_per_step))
     epochs = total_steps(train, per_epoch) // per_epoch
     learns_head = (task.learns_classes or task.pools) and facts.num_parameters < SMALL_CLASSIFIER

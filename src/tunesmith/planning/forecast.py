@@ -216,7 +216,8 @@ class Forecaster:
         )
 
     def _drawn_tokens(self, options: Reinforce) -> int:
-        """Most tokens whose keys and values are kept for answers that are drawn: pools are copied as they grow."""
+        """Most tokens whose keys and values are kept for answers that are drawn:
+        pools are copied as they grow."""
         return 2 * resolved(options.streams) * int(self.rows.store.lengths.max())
 
     def _kept_tokens(self, evaluation: EvaluationOptions, tokens_per_pass: int, recomputed: int) -> int:
@@ -397,8 +398,9 @@ def _drawn(options: Reinforce, prompts: int, held: int, steps: int) -> float:
 
 
 def _answers(evaluation: EvaluationOptions, rows: Splits, *, together: int, on_the_way: int) -> tuple[float, float]:
-    """Tokens of all prompts that are answered before, `on_the_way` and after, and tokens that are written one after
-    the other: at first answers are as long as they may be, in the end short ones as long as they should be."""
+    """Tokens of all prompts that are answered before, `on_the_way` and after, and tokens that are
+    written one after the other: at first answers are as long as they may be, in the end short
+    ones as long as they should be."""
     last, first = (min(resolved(num), len(rows.held_rows)) for num in (evaluation.samples, evaluation.samples_before))
     if last == 0:
         return 0.0, 0.0

@@ -293,7 +293,8 @@ def _learns(module: nn.Module) -> bool:
 
 
 def layers_to_split(model: nn.Module, name: str) -> Sequence[nn.Module]:
-    """The layers of the model `name`, each with weights of its own. Raises RecipeError for a model that has none."""
+    """The layers of the model `name`, each with weights of its own. Raises
+    RecipeError for a model that has none."""
     layers = layers_of(model)
     weights = [id(weight) for layer in layers for weight in layer.parameters()]
     if 0 < len(weights) == len(set(weights)):
@@ -321,9 +322,10 @@ def peak(
     answered: int = 0,
     others: int = 0,
 ) -> Memory:
-    """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill passes
-    where a step has too few; `recomputed`: number of layers recomputed in the backward pass; `base`: bytes
-    already in use; `answered`: tokens whose keys and values are kept for answers; `others`: weights of other models."""
+    """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill
+    passes where a step has too few; `recomputed`: number of layers recomputed in the backward pass;
+    `base`: bytes already in use; `answered`: tokens whose keys and values are kept for answers;
+    `others`: weights of other models."""
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
     if device.kind == "mps":  # torch has no attention there that forms its weights again for the backward pass

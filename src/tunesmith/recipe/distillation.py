@@ -18,15 +18,15 @@ def teacher_of(recipe: Recipe) -> str:
 
 
 class Distil(OptionGroup):
-    """Task distil: the answers of rows, or the model's own, are learnt as a teacher would go on at each token, see
-    docs/guide/distil.md."""
+    """Task distil: the answers of rows, or the model's own, are learnt as a teacher would go on at each
+    token, see docs/guide/distil.md."""
 
     teacher: str | None = None
-    """The model that teaches, with the vocabulary of the model that learns: a run, a folder, a hub id or a .gguf
-    file."""
+    """The model that teaches, with the vocabulary of the model that learns: a run, a
+    folder, a hub id or a .gguf file."""
     on_policy: bool = False
-    """false: learn at the tokens of the rows' answers, from the teacher's likeliest tokens there, which are kept
-    before training. true: at the tokens of answers that the model writes itself, from all of the teacher's
+    """false: learn at the tokens of the rows' answers, from the teacher's likeliest tokens there, which are
+    kept before training. true: at the tokens of answers that the model writes itself, from all of the teacher's
     probabilities; the teacher stays in memory."""
     top: Annotated[int, Field(ge=1, le=4096)] = 64
     """The teacher's likeliest tokens that are kept for each token of a row; the others count as one."""

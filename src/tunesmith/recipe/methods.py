@@ -69,17 +69,17 @@ class LowRankMethod(OptionGroup):
     dropout: Fraction = 0.0
     """Dropout on the input of the low-rank path."""
     targets: Words = ("all-linear",)
-    """Layers to adapt: all-linear, attention, mlp, experts (of a mixture; no other group means them), the end of a
-    module's name (q_proj), or a regular expression over whole module names (re:layers\\.[0-3]\\..*). Of a model that
-    sees these are of its language part; vision and projector mean the others."""
+    """Layers to adapt: all-linear, attention, mlp, experts (of a mixture; no other group means them), the end
+    of a module's name (q_proj), or a regular expression over whole module names (re:layers\\.[0-3]\\..*). Of a
+    model that sees these are of its language part; vision and projector mean the others."""
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Other ranks by target: {mlp: 8, down_proj: 4}. Words as in `targets`; of several that mean a layer the
     last counts. Experts have, unless named here, `rank` divided by the experts of a token, in steps of 8."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Other alphas by target, in the same words."""
     also_train: Words = ()
-    """Modules trained in full in addition to the adapters, such as embed_tokens: the end of a module's name, vision
-    or projector, or re: and a regular expression over whole names."""
+    """Modules trained in full in addition to the adapters, such as embed_tokens: the end of a module's name,
+    vision or projector, or re: and a regular expression over whole names."""
     loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: rate of B over the rate of A, which is optim.lr."""
 
@@ -124,9 +124,9 @@ class FullMethod(OptionGroup):
 
     name: Literal["full"] = "full"
     train: Words = ()
-    """Weights to train: the end of a module's or weight's name (lm_head, layers.3, norm.weight), of a model that
-    sees language, projector or vision, or re: and a regular expression over whole names of weights. Empty: all;
-    where rows have images the language part."""
+    """Weights to train: the end of a module's or weight's name (lm_head, layers.3, norm.weight), of a model
+    that sees language, projector or vision, or re: and a regular expression over whole names of weights. Empty:
+    all; where rows have images the language part."""
     freeze: Words = ()
     """Weights among them that stay frozen, in the same words."""
 

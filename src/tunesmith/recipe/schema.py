@@ -313,8 +313,8 @@ class EvaluationOptions(OptionGroup):
     """Number of these prompts, the first ones, that the untouched model answers too. auto: all, or as many
     as take it at most a tenth of the training."""
     samples_on_the_way: Annotated[int, Field(ge=0)] = 0
-    """Number of these prompts, the first ones, that are answered at each evaluation on the way too, for those who
-    watch the run."""
+    """Number of these prompts, the first ones, that are answered at each evaluation on the way
+    too, for those who watch the run."""
     sample_tokens: Positive = 64
     """Most new tokens in such an answer; 16 at most where answers are short."""
     general: bool | Auto = "auto"

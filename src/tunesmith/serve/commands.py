@@ -1,7 +1,8 @@
-"""Answers of commands: `check`, `plan` and the sections of a report, made by child processes and kept in memory.
+"""Answers of commands: `check`, `plan` and the sections of a report, made by child
+processes and kept in memory.
 
-A page shows the very values that the command prints with `--json`. What takes seconds goes on while the page waits, and
-a question that was answered is answered again at once, as long as its files are the same.
+A page shows the very values that the command prints with `--json`. What takes seconds goes on while the page
+waits, and a question that was answered is answered again at once, as long as its files are the same.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class CommandRunner:
         self._is_closed = False
 
     def ask(self, module: str, words: Sequence[str], files: Sequence[Path] = (), age_s: float = math.inf) -> Reply:
-        """The answer to a command, which may still be on its way. It holds as long as `files` are the same, and for
-        `age_s`."""
+        """The answer to a command, which may still be on its way. It holds as long as
+        `files` are the same, and for `age_s`."""
         key = (module, tuple(words), tuple((str(path), look(path)) for path in files))
         with self._lock:
             answer = self._answers.pop(key, None)

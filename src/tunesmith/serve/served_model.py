@@ -98,7 +98,8 @@ class ServedModel:
         return placeholders
 
     def _images(self, request: GenerationRequest) -> list[tuple[int, int, ImageRef]]:
-        """The images of a request: index of message, character, and what its header says. Raises RequestError."""
+        """The images of a request: index of message, character, and what its header
+        says. Raises RequestError."""
         images = []
         for message, place, content in request.images:
             assert self._placeholders is not None, "it raises otherwise"

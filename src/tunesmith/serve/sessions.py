@@ -1,6 +1,7 @@
 """Who may open pages: by a link that is good once, a session, or a key; and whose page may act.
 
-A loopback address is open to every user and every page of a machine, so there is no way in without one of the three.
+A loopback address is open to every user and every page of a machine, so there is no
+way in without one of the three.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Access:
         return f"/ui/open?code={code}"
 
     def open_link(self, code: str) -> str | None:
-        """The token of a new session for the code of a link; None: the link was opened before, or never made."""
+        """The token of a new session for the code of a link; None: the link was
+        opened before, or never made."""
         digest = _digest(code)
         if digest not in self._links:
             return None
@@ -82,7 +84,8 @@ class Access:
         return self._new_session()
 
     def open_by_key(self, key: str) -> str | None:
-        """The token of a new session for a key; None: it is none. Raises RequestError 429 after too many wrong ones."""
+        """The token of a new session for a key; None: it is none. Raises
+        RequestError 429 after too many wrong ones."""
         now = time.monotonic()
         while self._wrong and now - self._wrong[0] > WRONG_S:
             self._wrong.popleft()
@@ -95,7 +98,8 @@ class Access:
         return self._new_session()
 
     def new_key(self) -> str:
-        """A key for a program, good as long as a session, which it is: it is sent as `Authorization: Bearer KEY`."""
+        """A key for a program, good as long as a session, which it is: it is sent as
+        `Authorization: Bearer KEY`."""
         return self._new_session()
 
     def _new_session(self) -> str:
@@ -135,7 +139,8 @@ class Access:
 
 
 def _refuse_foreign(headers: Mapping[bytes, bytes]) -> None:
-    """Raise RequestError unless a page of this server acts. Other ports are the same site, so `Origin` tells apart."""
+    """Raise RequestError unless a page of this server acts. Other ports are the same
+    site, so `Origin` tells apart."""
     host = headers.get(b"host", b"").lower()
     is_own = headers.get(b"origin", b"").lower() in (b"http://" + host, b"https://" + host)
     is_same = headers.get(b"sec-fetch-site", b"same-origin") == b"same-origin"

@@ -1,4 +1,5 @@
-"""A run as it is now, in plain values: what goes on, and its curves in as many points as a picture has room for."""
+"""A run as it is now, in plain values: what goes on, and its curves in as many
+points as a picture has room for."""
 
 # S steps
 
@@ -46,8 +47,8 @@ def under_way(run: Run, series: RunSeries, last: Event | None, state: str) -> Js
 
 
 def curve_values(series: RunSeries, points: int = MOST_POINTS, first: int = 0, last: int | None = None) -> JsonObject:
-    """The training loss from step `first` to `last` in at most `points` buckets of lowest, highest and mean, by the
-    last step of each; and the held-out losses, all of them."""
+    """The training loss from step `first` to `last` in at most `points` buckets of lowest, highest and mean, by
+    the last step of each; and the held-out losses, all of them."""
     steps, end = series.steps, series.step if last is None else last
     numbers_S = np.fromiter(steps, np.int64, len(steps))
     losses_S = np.fromiter((step.loss for step in steps.values()), np.float64, len(steps))

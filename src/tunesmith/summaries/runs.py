@@ -64,8 +64,8 @@ def facts(run: Run, series: RunSeries | None = None, recipe: Recipe | None = Non
 
 
 def settings_that_differ(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The options that are not the same in all of the runs, by key: the value in each, None where it has none. Empty
-    where the recipe of one cannot be read."""
+    """The options that are not the same in all of the runs, by key: the value in each, None where it has none.
+    Empty where the recipe of one cannot be read."""
     from tunesmith.recipe.docs import flat
 
     try:
@@ -84,8 +84,8 @@ def model_name(model: Path) -> str:
 
 
 def phase(run: Run, newest: float) -> str:
-    """The phase that a run at work has been in since `newest`, the time of its last event: "measuring held-out rows:
-    42 %"; empty if it said nothing since."""
+    """The phase that a run at work has been in since `newest`, the time of its last event: "measuring held-out
+    rows: 42 %"; empty if it said nothing since."""
     try:
         note = run.read_json("progress.json")
         if float(note["time"]) < newest:
@@ -97,8 +97,9 @@ def phase(run: Run, newest: float) -> str:
 
 
 def time_left(series: RunSeries) -> str:
-    """The time that a run under way still takes, as far as it is known: "about 27 s of training, then about 75 s of
-    measuring". The second half of what was foreseen for measuring and answering comes after the last step."""
+    """The time that a run under way still takes, as far as it is known: "about 27 s of training,
+    then about 75 s of measuring". The second half of what was foreseen for measuring and
+    answering comes after the last step."""
     training, seconds = series.seconds_left, (series.plan.get("forecast") or {}).get("seconds") or {}
     if training is None:
         return ""

@@ -1,4 +1,5 @@
-"""The task that learns from a teacher: which token it would write next, and how likely each other one is to it."""
+"""The task that learns from a teacher: which token it would write next, and how
+likely each other one is to it."""
 
 from __future__ import annotations
 

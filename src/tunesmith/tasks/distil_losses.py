@@ -1,4 +1,5 @@
-"""Losses by a teacher: at the tokens of rows by the list that was kept of it, at drawn answers by all it finds."""
+"""Losses by a teacher: at the tokens of rows by the list that was kept of it, at
+drawn answers by all it finds."""
 
 # N targets, B rows, V vocabulary, D hidden size of the teacher
 
@@ -41,8 +42,8 @@ def reverse_loss_sum(
     teacher: OutputLayer,
     output: OutputLayer | None = None,
 ) -> Tensor:
-    """Sum over the targets of the reverse divergence from the teacher, whose hidden states [N, D] are in `values_NC`.
-    The row of a loss is one of its step, so none is left in the batch."""
+    """Sum over the targets of the reverse divergence from the teacher, whose hidden states [N, D] are in
+    `values_NC`. The row of a loss is one of its step, so none is left in the batch."""
     from tunesmith.models.divergence import reverse
 
     hidden_ND = required(batch.values_NC).to(teacher.layer.weight)
@@ -68,8 +69,9 @@ def _summed(
 def listed_measure(
     model: nn.Module, batch: Batch, *, options: Distil, vocabulary: int, output: OutputLayer | None = None
 ) -> Measured:
-    """The divergence from the teacher's list, a row at a time, without gradient; what the row's tokens lose, and how
-    many of the teacher's likeliest tokens are the model's. Of rows that no teacher has read the tokens are measured."""
+    """The divergence from the teacher's list, a row at a time, without gradient; what the row's
+    tokens lose, and how many of the teacher's likeliest tokens are the model's. Of rows that no
+    teacher has read the tokens are measured."""
     import torch
 
     from tunesmith.models.divergence import listed

@@ -4,13 +4,14 @@
     w   min(C, π_old / μ), without gradient; μ is what drew the token: a correction of rounding (Yao et al. 2025)
     u   log π_ref − log π, π_ref the untouched model
     ℓ   of `clip` −min(ρA, clip(ρ) A): Shao et al. 2024, arXiv 2402.03300, eq. 3, with the bounds of Yu et al. 2025,
-        arXiv 2503.14476, eq. 8; of `cispo` −sg(min(ρ, 5)) A log π: MiniMax 2025, arXiv 2506.13585, eq. 4; of `sequence`
-        as of clip with the geometric mean of an answer's ρ: Zheng et al. 2025, arXiv 2507.18071, eq. 5
+        arXiv 2503.14476, eq. 8; of `cispo` −sg(min(ρ, 5)) A log π: MiniMax 2025, arXiv
+        2506.13585, eq. 4; of `sequence` as of clip with the geometric mean of an answer's ρ:
+        Zheng et al. 2025, arXiv 2507.18071, eq. 5
 
     Σ c w (ℓ + β ρ (eᵘ − u − 1)),  c = 1, or 1 / n of an answer of n tokens
 
-The step divides it once. With the factor ρ the last term has the gradient of the divergence, without it another one's
-(DeepSeek-AI 2025, arXiv 2512.02556, section 3.1). It is of each token, in `sequence` too.
+The step divides it once. With the factor ρ the last term has the gradient of the divergence, without it another
+one's (DeepSeek-AI 2025, arXiv 2512.02556, section 3.1). It is of each token, in `sequence` too.
 """
 
 # N targets, B rows, C columns
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
 
 VALUE_COLUMNS = ("advantage", "weight", "drawn", "old", "reference")
-"""Columns of `Batch.values_NC`: A, c, log μ, log π_old, log π_ref. NaN: π_old is the learner itself, and there is no
-reference."""
+"""Columns of `Batch.values_NC`: A, c, log μ, log π_old, log π_ref. NaN: π_old is the learner
+itself, and there is no reference."""
 CLIPS = {"clip": (0.2, 0.28), "sequence": (3e-4, 4e-4)}
 MOST_RATIO = 5.0
 STATS = ("tokens", "mismatch", "largest", "corrected", "clipped_low", "clipped_high", "kl")
@@ -44,8 +45,8 @@ Seen = MutableMapping[int, "Tensor"]
 
 
 def log_probs(model: nn.Module, batch: Batch, temperature: float, output: OutputLayer | None) -> Tensor:
-    """[N] float32, log π of each target, with gradient. As the sampler does, logits are divided by the temperature in
-    float32, after the model has rounded them."""
+    """[N] float32, log π of each target, with gradient. As the sampler does, logits are divided by the
+    temperature in float32, after the model has rounded them."""
     from tunesmith.models.forward import hidden_states, logits_at_targets
 
     if output is not None and output.belongs_to(model):

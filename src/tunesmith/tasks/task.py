@@ -107,8 +107,8 @@ class OwnSection:
     from_model: Callable[[Recipe, ModelRef], Sequence[Choice]] = lambda recipe, located: ()
     """Returns the options that follow from the model's files."""
     from_rows: Callable[[Any, Sequence[Side]], list[Choice]] = lambda options, sides: []
-    """Gets the section and rows, training rows first; returns the options that follow. Raises DataError for rows
-    that these options cannot learn from."""
+    """Gets the section and rows, training rows first; returns the options that follow. Raises DataError for
+    rows that these options cannot learn from."""
     has_prepass: Callable[[Any], bool] = lambda options: False
     """Whether a step has a `Prepass` with these options of the section."""
 

@@ -1,7 +1,8 @@
-"""Draws what a step of task distil learns on policy: an answer to each prompt by the model itself, read by the teacher.
+"""Draws what a step of task distil learns on policy: an answer to each prompt by the
+model itself, read by the teacher.
 
-An answer follows from the weights, the seed, the step and the row, and what the teacher finds from the answer: a run
-that goes on is one that never stopped.
+An answer follows from the weights, the seed, the step and the row, and what the teacher finds from the answer:
+a run that goes on is one that never stopped.
 """
 
 # N trained tokens of an answer, D hidden size of the teacher

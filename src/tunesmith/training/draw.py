@@ -1,7 +1,8 @@
 """Draws what a step of task reinforce learns: answers to its prompts, their grades, and what each is worth.
 
-A draw is a function of the weights, the seed, the step, the prompts and the grades. Grades are kept by the digest of
-all they follow from, so that a resumed run gets those that it got before, also of a judge that answers otherwise today.
+A draw is a function of the weights, the seed, the step, the prompts and the grades. Grades are kept by
+the digest of all they follow from, so that a resumed run gets those that it got before, also of a
+judge that answers otherwise today.
 """
 
 # N trained tokens of an answer, C numbers of each
@@ -88,7 +89,8 @@ class Drawing:
         self.pool.close()
 
     def __call__(self, state: TrainState, step: int) -> Drawn:
-        """The answers that a step learns. Raises UngradedError where the grader fails for more than half of them."""
+        """The answers that a step learns. Raises UngradedError where the grader
+        fails for more than half of them."""
         if step not in self._ahead:
             self._draw(state, step)
         drawn = self._ahead[step]
@@ -107,7 +109,8 @@ class Drawing:
         return Drawn(view, rows, lambda: {**values, **_found(state.world, seen, self.options)}, drawn.timing)
 
     def _draw(self, state: TrainState, step: int) -> None:
-        """Draw for a step and for those that learn from the same draw. Nothing is kept where too few have a reward."""
+        """Draw for a step and for those that learn from the same draw. Nothing is
+        kept where too few have a reward."""
         if late := self._late(step):
             raise RunError(
                 f"step {step}: learns from answers that are drawn before step {step - late} (reinforce.updates: "
@@ -129,7 +132,8 @@ class Drawing:
         return (step - 1) % self.options.updates
 
     def pending(self, step: int) -> JsonObject:
-        """The answers for later steps that were drawn by weights that are gone: {step: values}, for a checkpoint."""
+        """The answers for later steps that were drawn by weights that are gone:
+        {step: values}, for a checkpoint."""
         ahead = self._ahead if self._late(step + 1) else {}
         return {str(at): drawn.values() for at, drawn in ahead.items() if at > step}
 
@@ -138,8 +142,8 @@ class Drawing:
         self._ahead = {int(at): DrawnStep.of(values) for at, values in pending.items()}
 
     def keep_in(self, folder: Path) -> list[str]:
-        """Keep grades and answers in the folder of a run, and take the grades that are there. Returns notes on those
-        that cannot be read."""
+        """Keep grades and answers in the folder of a run, and take the grades that are there. Returns
+        notes on those that cannot be read."""
         self.folder, file = folder / "rollouts", folder / "grades.jsonl"
         if not (damaged := self.kept.keep_in(file)):
             return []
@@ -177,7 +181,8 @@ class Drawing:
         return self._ahead[step].groups
 
     def groups_of(self, state: TrainState, steps: Sequence[int]) -> tuple[list[list[Group]], dict[str, float]]:
-        """The answers to the prompts of each of these steps and their grades, and the seconds that both took."""
+        """The answers to the prompts of each of these steps and their grades, and
+        the seconds that both took."""
         rows, seeds, places = list[int](), list[int](), list[slice]()
         for step in steps:
             of_step = state.sampler.rows(step)
@@ -202,8 +207,9 @@ class Drawing:
         num: int,
         tells: bool = False,
     ) -> tuple[list[Group], dict[str, float]]:
-        """`num` answers to each of these rows of a store, drawn by the model as it is now, and graded. `tells`: says
-        how far it is; a step is soon made. Ranks draw answers to some of the prompts each, the first one grades all."""
+        """`num` answers to each of these rows of a store, drawn by the model as it is now, and graded.
+        `tells`: says how far it is; a step is soon made. Ranks draw answers to some of the prompts
+        each, the first one grades all."""
         began, futures, world = time.perf_counter(), dict[int, list[Future[Grade]]](), state.world
         mine, ended = range(world.rank, len(rows), world.size), list[int]()
 
@@ -252,8 +258,8 @@ class Drawing:
         )
 
     def view(self, state: TrainState, groups: Sequence[Group], old: Sequence[NDArray[np.float32]] = ()) -> TrainState:
-        """The state with the answers of these groups as its rows, see `_learnt`. `old`: [N] of each of these rows, log
-        π_old; none: the weights that learn have drawn them."""
+        """The state with the answers of these groups as its rows, see `_learnt`. `old`: [N] of each of these
+        rows, log π_old; none: the weights that learn have drawn them."""
         view = self._learnt(state, groups)
         _fill(view, "old", old)
         if self.options.kl:
@@ -262,8 +268,8 @@ class Drawing:
         return view
 
     def _learnt(self, state: TrainState, groups: Sequence[Group]) -> TrainState:
-        """The state with those answers as its rows that teach something, which have all other answers' share in the
-        divisor too; the shortest one where none does, for an update without a gradient."""
+        """The state with those answers as its rows that teach something, which have all other answers' share in
+        the divisor too; the shortest one where none does, for an update without a gradient."""
         options, worth = self.options, self._worth(groups)
         lengths = [len(group.answers[i].ids) for group, i, _ in worth]
         learnt = [entry for entry in worth if entry[2] != 0 or options.kl]
@@ -340,8 +346,8 @@ class Drawing:
 
 
 def seeds_of(store: RowStore, rows: Sequence[int], *, seed: int, step: int) -> list[int]:
-    """The seed of the answers to each prompt, from its content: other rows of the step, or their order, change none. A
-    prompt that is there twice gets two."""
+    """The seed of the answers to each prompt, from its content: other rows of the step, or their order, change
+    none. A prompt that is there twice gets two."""
     seen, seeds = Counter[int](), list[int]()
     for content in store.hashes[list(rows)]:
         key = np.array([content], np.uint64).view(np.int64)
@@ -394,8 +400,8 @@ def _mean_score(grades: Sequence[Grade], name: str) -> float:
 
 
 def _found(world: World, seen: Seen, options: Reinforce) -> Record:
-    """Values of the tokens that were learnt, on all ranks: their mismatch with what drew them, and what became of their
-    losses."""
+    """Values of the tokens that were learnt, on all ranks: their mismatch with what drew them,
+    and what became of their losses."""
     by_row = all_rows(world, {row: sums_S.cpu().numpy() for row, sums_S in seen.items()})
     if not by_row:
         return {}

@@ -19,7 +19,8 @@ from tunesmith.types import JsonObject
 
 
 def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[RowResult]]:
-    """[I], the held-out rows with a rewarded answer, and the result of each; emits some answers as "sample" events.
+    """[I], the held-out rows with a rewarded answer, and the result of each; emits
+    some answers as "sample" events.
 
     Raises UngradedError where no answer has a reward.
     """

@@ -1,5 +1,6 @@
-"""Answers to the prompts of a step with their grades, drawn at the step or some steps before it: as JSON, so that a
-checkpoint between a draw and its last step has what is left of it, and as all ranks have them together."""
+"""Answers to the prompts of a step with their grades, drawn at the step or some steps before
+it: as JSON, so that a checkpoint between a draw and its last step has what is left of it, and
+as all ranks have them together."""
 
 # N trained tokens of an answer
 
@@ -51,8 +52,8 @@ class DrawnStep:
 
     groups: Sequence[Group]
     old: Sequence[NDArray[np.float32]] = ()
-    """[N] of each row that the step learns: log π_old, by the weights that drew it. None: the step draws by the weights
-    that it updates."""
+    """[N] of each row that the step learns: log π_old, by the weights that drew it. None: the step draws
+    by the weights that it updates."""
     timing: dict[str, float] = field(default_factory=dict)
 
     def values(self) -> JsonObject:

@@ -28,8 +28,8 @@ def streams_of(answers: int, device: str) -> int:
 
 
 def as_answers(rows: Splits, options: Reinforce) -> Splits:
-    """The training rows of a forecast: `reinforce.samples` rows for each prompt, one behind the other, in a store that
-    has lengths and targets and no tokens."""
+    """The training rows of a forecast: `reinforce.samples` rows for each prompt, one behind the other, in a
+    store that has lengths and targets and no tokens."""
     num, new = options.samples, options.max_new_tokens
     store = copy(rows.store)
     lengths_I = rows.store.lengths[rows.train_rows]

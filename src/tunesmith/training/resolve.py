@@ -299,8 +299,9 @@ def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool)
 
 
 def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
-    """Bytes of the weights of other models that are in memory with the one that is trained: of reward runs, and of a
-    teacher. Raises InputError for a grader that names no run, and ModelError for a teacher that is not there."""
+    """Bytes of the weights of other models that are in memory with the one that is trained: of
+    reward runs, and of a teacher. Raises InputError for a grader that names no run, and ModelError
+    for a teacher that is not there."""
     num_bytes = 0
     if recipe.reinforce.grader is not None:
         num_bytes += weights_of(graders.load(recipe.grader_at), root, offline=offline)
@@ -359,8 +360,8 @@ def _speaks(inputs: Inputs) -> bool:
 
 
 def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
-    """The rows, with what is learnt from them; options that follow from them are decided. Raises InputError for a
-    grader that cannot be read, or that names a field which the first row lacks."""
+    """The rows, with what is learnt from them; options that follow from them are decided. Raises InputError for
+    a grader that cannot be read, or that names a field which the first row lacks."""
     recipe = inputs.recipe
     grader = graders.load(recipe.grader_at) if TASKS[resolved(recipe.task)].samples else None
     rows = encode_rows(

@@ -19,7 +19,8 @@ PADDED = "padded batches: rows have images, and are not packed with others yet; 
 
 
 def decide_seeing(decisions: Decisions, rows: Splits) -> None:
-    """Decide what full tuning trains where rows have images. Raises RecipeError for what cannot be done with them."""
+    """Decide what full tuning trains where rows have images. Raises RecipeError for
+    what cannot be done with them."""
     recipe = decisions.recipe
     if not rows.has_images:
         return

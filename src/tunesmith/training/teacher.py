@@ -1,9 +1,10 @@
-"""The teacher of a run of task distil: found, compared with the model that learns, and what it finds likely, kept.
+"""The teacher of a run of task distil: found, compared with the model that learns,
+and what it finds likely, kept.
 
     rows/<side>/<key>-<digest>.teacher    float32 [M, C], see `data.teacher_rows.columns`
 
-The digest is of everything that the numbers follow from, so another run on the same rows finds them next to the encoded
-rows in the folder of all runs.
+The digest is of everything that the numbers follow from, so another run on the same rows finds them next to the
+encoded rows in the folder of all runs.
 """
 
 # I rows, M targets of all rows, N targets of one, C numbers of each, V vocabulary, D hidden size of the teacher
@@ -136,8 +137,8 @@ class Teacher:
 def load_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, root: Path, offline: bool) -> Teacher:
     """The teacher of a recipe, on the device of the run.
 
-    Raises RecipeError for one of another vocabulary, and for one whose probabilities cannot be computed piece by piece
-    where that is needed; and what loading it does.
+    Raises RecipeError for one of another vocabulary, and for one whose probabilities cannot be computed piece
+    by piece where that is needed; and what loading it does.
     """
     options, name = recipe.distil, str(recipe.distil.teacher)
     loaded = load_any(teacher_of(recipe), root=root, offline=offline)
@@ -174,11 +175,11 @@ def refuse_other_vocabulary(name: str, learner: PreTrainedTokenizerBase, teacher
 
 
 def use_teacher(teacher: Teacher | None, rows: Splits, run_rows: Path, *, on_progress: OnProgress) -> None:
-    """Write what the teacher finds likely into the rows that need it: those that are measured, and those that are
-    trained on unless answers are drawn. It then leaves the memory, unless it is needed at each step.
+    """Write what the teacher finds likely into the rows that need it: those that are measured, and those that
+    are trained on unless answers are drawn. It then leaves the memory, unless it is needed at each step.
 
-    `run_rows`: the run's folder of rows, where it finds them when it goes on. Raises StorageError, and DoesNotFitError
-    for a disk without room.
+    `run_rows`: the run's folder of rows, where it finds them when it goes on. Raises StorageError, and
+    DoesNotFitError for a disk without room.
     """
     if teacher is None:
         return
@@ -196,7 +197,8 @@ def use_teacher(teacher: Teacher | None, rows: Splits, run_rows: Path, *, on_pro
 
 
 def stand_in(teacher: Teacher | None, rows: Splits, longest: int) -> None:
-    """Lists that say nothing, for a run that is tried: the teacher reads a row of `longest` tokens, for its memory."""
+    """Lists that say nothing, for a run that is tried: the teacher reads a row of
+    `longest` tokens, for its memory."""
     if teacher is None:
         return
     ids_T = np.zeros(longest, np.int32)
@@ -214,8 +216,8 @@ def stand_in(teacher: Teacher | None, rows: Splits, longest: int) -> None:
 def kept_lists(
     teacher: Teacher, store: RowStore, rows_I: NDArray[np.int64], places: Sequence[Path], *, on_progress: OnProgress
 ) -> NDArray[np.float32]:
-    """[M, C] of the targets of these rows, mapped into memory from a file that is at one of `places`, or is written
-    now; then it is at all of them."""
+    """[M, C] of the targets of these rows, mapped into memory from a file that is at one of `places`, or is
+    written now; then it is at all of them."""
     counts_I, width = store.targets[rows_I].astype(np.int64), columns(teacher.top)
     shape, num_bytes = (int(counts_I.sum()), width), 4 * int(counts_I.sum()) * width
     known = [path for path in places if path.exists() and path.stat().st_size == num_bytes]

@@ -88,8 +88,8 @@ def train(
 
     Raises:
         InputError: recipe, data or model cannot be used; no run folder was made.
-        Stopped: stopped on request; a checkpoint was written.
-        NonFiniteError, CheckpointError, StorageError, DeviceError: the run failed; its last checkpoint is whole.
+        Stopped: stopped on request; a checkpoint was written. NonFiniteError, CheckpointError, StorageError,
+        DeviceError: the run failed; its last checkpoint is whole.
     """
     run = _train(recipe, root=root, out=out, offline=offline, listener=listener or Listener())
     free_cached_memory()  # of a card, too, which whatever follows in this process needs
@@ -128,7 +128,8 @@ def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, liste
 
 
 def _found_again(world: World, recipe_sha: str, out: Path | None) -> Run | None:
-    """The run that a group which somebody else's agent started, perhaps again, goes on with; None: it begins one."""
+    """The run that a group which somebody else's agent started, perhaps again, goes
+    on with; None: it begins one."""
     if not world.place.was_started:
         return None
     if out is None:
@@ -165,7 +166,8 @@ def _follow(setup: Setup, listener: Listener) -> Run:
 
 
 def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, listener: Listener | None = None) -> Run:
-    """Continue a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
+    """Continue a stopped or broken run at the step after its newest whole
+    checkpoint, as if it had never stopped.
 
     `settings`: key=value of MAY_CHANGE.
 
@@ -249,7 +251,8 @@ def _fit_memory(setup: Setup, progress: Progress) -> None:
 
 
 def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
-    """Do everything that follows once model and rows are ready; the reason it ends is the last event in its log.
+    """Do everything that follows once model and rows are ready; the reason it ends
+    is the last event in its log.
 
     `planned`: the earlier plan of a run that starts over because it was killed before its first checkpoint.
     """
@@ -289,7 +292,8 @@ def _card_lost(session: Session, error: Exception) -> DeviceError:
 
 
 def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
-    """Measure, save, take the steps, measure again, and write the result; other ranks than the first only take part."""
+    """Measure, save, take the steps, measure again, and write the result; other
+    ranks than the first only take part."""
     setup, run = session.setup, session.run
     if fresh:
         session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
@@ -333,8 +337,8 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
 
 
 def _plan(setup: Setup, planned: Event | None) -> tuple[JsonObject, JsonObject]:
-    """Values and timing of the "plan" event. A run that starts over repeats the choices and predictions of its first
-    start, because its recipe is resolved by now."""
+    """Values and timing of the "plan" event. A run that starts over repeats the choices and predictions of its
+    first start, because its recipe is resolved by now."""
     values, timing = plan_values(setup), plan_timing(setup)
     if planned is None:
         return values, timing
@@ -382,8 +386,8 @@ def _take_steps(session: Session) -> None:
 
 @contextmanager
 def _saved_ungraded(session: Session) -> Iterator[None]:
-    """A block whose answers are graded: where too few have a reward, the steps so far are saved, and how to go on is
-    said."""
+    """A block whose answers are graded: where too few have a reward, the steps so far are
+    saved, and how to go on is said."""
     try:
         yield
     except UngradedError as error:

@@ -29,8 +29,8 @@ def parts_of(
 ) -> list[Part]:
     """One part per message, in order; a message with a problem has a placeholder.
 
-    `trained`: whether answers are trained where the message does not say so by its weight. `images`: of the row;
-    None: its shape has no place for any.
+    `trained`: whether answers are trained where the message does not say so by its weight. `images`: of the
+    row; None: its shape has no place for any.
     """
     if not isinstance(messages, list):
         check.wrong_type(place, messages, "a list of messages")

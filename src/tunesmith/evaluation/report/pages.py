@@ -31,8 +31,8 @@ def as_html(page: Page) -> str:
 
 
 def block_template(address_of: Callable[[str], str]) -> Template:
-    """The template whose macro `draw` sets a block of a section. `address_of`: where the row of a source is shown, or
-    "" if it is nowhere."""
+    """The template whose macro `draw` sets a block of a section. `address_of`: where the row of a source
+    is shown, or "" if it is nowhere."""
     environment = _environment()
     environment.globals["address_of"] = address_of
     return environment.get_template("blocks.html.jinja")
