@@ -25,8 +25,8 @@ _NAMES = """
 """
 RECORDED = frozenset(_NAMES.split())
 """Options that every run which can be resumed has recorded. The list never grows."""
-NEW_TASK = "reinforce."
-"""Options of a task that no run under way has: a run of another task does not record them."""
+NEW_TASKS = ("reinforce.", "distil.")
+"""Options of tasks that no run under way has: a run of another task does not record them."""
 WHAT_TO_DO = (
     "new, so that no run that is under way has recorded it, and each would be refused when it is resumed. Enter it in "
     "NAMED_LATER of training/same_run.py with the value that earlier versions used, as text; if it is a field of "
@@ -36,7 +36,7 @@ WHAT_TO_DO = (
 
 def new_options() -> set[str]:
     later = {key.removeprefix("setting ") for key in (*same_run.NAMED_LATER, same_run.MEASURES_LATER)}
-    return {key for key in set(options()) - RECORDED - later if not key.startswith(NEW_TASK)}
+    return {key for key in set(options()) - RECORDED - later if not key.startswith(NEW_TASKS)}
 
 
 def test_every_new_option_has_the_value_of_runs_that_did_not_record_it() -> None:

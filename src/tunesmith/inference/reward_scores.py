@@ -50,15 +50,11 @@ class RewardScorer:
         return float(line["reward"])
 
 
-def pool_of(
-    word: str, item: Record, kept: MutableMapping[str, Grade], *, root: Path, offline: bool, device: str
-) -> Pool:
-    """The pool of the grader that a recipe names, with its reward runs. Raises InputError for a grader that cannot be
-    loaded, or that names a field which `item`, the first row, lacks."""
-    grader = schema.load(word)
-    schema.check_variables(grader, item)
+def pool_of(word: str, kept: MutableMapping[str, Grade], *, root: Path, offline: bool, device: str) -> Pool:
+    """The pool of the grader that a recipe names, with its reward runs. Raises InputError for one that cannot be
+    loaded."""
     scorer_of = partial(RewardScorer, root=root, offline=offline, device=device)
-    return Pool(grader, kept=kept, scorer_of=scorer_of)
+    return Pool(schema.load(word), kept=kept, scorer_of=scorer_of)
 
 
 def reward_run(grader: RewardRun, root: Path) -> Run:

@@ -258,8 +258,7 @@ def _forecast(
         others=other_models,
         general_tokens=sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if speaks else 0,
     )
-    longest = int(rows.store.lengths[rows.train_rows].max())
-    whole, predict = recipe, forecaster.forecast
+    whole, predict, longest = recipe, forecaster.forecast, int(rows.store.lengths[rows.train_rows].max())
     recipe, fitted, forecast = fit(whole, predict, longest=longest, free_tokens=free_tokens)
     if not forecast.fits and can_split:
         needed = f"a whole model on each device would need {gib(forecast.memory.total)} of {gib(device.room)}"

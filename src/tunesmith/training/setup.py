@@ -382,8 +382,7 @@ def packed_agrees(
 
 
 def _drawing(plan: ResolvedRun, attachment: Attachment, output: OutputLayer | None, *, shares: bool) -> Drawing | None:
-    """The drawing of answers, with their grader. Raises InputError for a grader that cannot be loaded, or that names a
-    field which the first row lacks."""
+    """The drawing of answers, with their grader. Raises InputError for a grader that cannot be loaded."""
     recipe, inputs, rows = plan.recipe, plan.inputs, plan.rows
     if not rows.is_prompts:
         return None
@@ -395,9 +394,8 @@ def _drawing(plan: ResolvedRun, attachment: Attachment, output: OutputLayer | No
     prompts = {store: rows.prompts(store, rows_I) for store, rows_I in rows.sides}
     if rows.held_store is rows.store:  # one store has both sides
         prompts = {rows.store: rows.prompts(rows.store, np.concatenate([rows.train_rows, rows.held_rows]))}
-    first, grades = next(iter(prompts[rows.store].values())), KeptGrades()
-    where: dict[str, Any] = {"root": plan.root, "offline": plan.offline, "device": resolved(recipe.device)}
-    pool = pool_of(recipe.grader_at, first.kept, grades, **where)
+    grades, device = KeptGrades(), resolved(recipe.device)
+    pool = pool_of(recipe.grader_at, grades, root=plan.root, offline=plan.offline, device=device)
     return Drawing(recipe, inputs.renderer, output, shares, prompts, pool, grades)
 
 
