@@ -19,7 +19,7 @@ from tunesmith.errors import NonFiniteError, OutOfMemoryError
 from tunesmith.generation import padded as generation
 from tunesmith.generation.decoder import BatchedDecoder
 from tunesmith.generation.padded import GeneratedAnswer, generate
-from tunesmith.generation.writing import AnswerWriter, Writing
+from tunesmith.generation.writer import AnswerWriter, Writing
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training

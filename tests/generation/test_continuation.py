@@ -20,7 +20,7 @@ from tunesmith.generation.continuation import Continuation
 from tunesmith.generation.decoder import BatchedDecoder
 from tunesmith.generation.kv_cache import KVCache, SequenceSlot
 from tunesmith.generation.padded import GeneratedAnswer
-from tunesmith.generation.writing import AnswerWriter
+from tunesmith.generation.writer import AnswerWriter
 from tunesmith.models.attention import PACKED, use_packed_attention
 from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.tasks import bind

@@ -8,7 +8,7 @@ import pytest
 
 from tiny_tasks import task_recipe, texts, write
 from tunesmith.generation.padded import GeneratedAnswer
-from tunesmith.generation.writing import AnswerWriter
+from tunesmith.generation.writer import AnswerWriter
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_file

@@ -21,7 +21,7 @@ from jobs.test_end_to_end import Live  # noqa: E402
 from rewarded import QUESTIONS  # noqa: E402
 from tiny_run import model_folder  # noqa: E402
 from tunesmith.graders import strangers  # noqa: E402
-from tunesmith.graders.strangers import GraderRefusedError, GraderRules, Judge, runnable  # noqa: E402
+from tunesmith.graders.strangers import GraderRefusedError, GraderRules, JudgeAccess, runnable  # noqa: E402
 from tunesmith.jobs import grader_routes, reinforcement  # noqa: E402
 from tunesmith.jobs.job_request import JobBody  # noqa: E402
 from tunesmith.jobs.objects import job_object  # noqa: E402
@@ -46,7 +46,7 @@ MULTI = {
     "type": "multi", "name": "both", "graders": {"equal": EQUAL, "digits": CODE},
     "calculate_output": "0.5 * equal + digits",
 }  # fmt: skip
-OPEN = GraderRules(python=True, judges={"o3": Judge(address="http://127.0.0.1:1/v1", model="judge", key_env="")})
+OPEN = GraderRules(python=True, judges={"o3": JudgeAccess(address="http://127.0.0.1:1/v1", model="judge", key_env="")})
 ALLOWING = BASES.model_copy(update={"graders": OPEN})
 JUDGE = {"type": "score_model", "name": "j", "model": "o3", "input": [{"role": "user", "content": "Good?"}]}
 

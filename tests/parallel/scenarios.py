@@ -343,7 +343,7 @@ def longer(folder: Path) -> Any:
 
 
 def longer_killed(folder: Path) -> Any:
-    """Begun, or gone on with."""
+    """ResumedAnswer, or gone on with."""
     return _whole(folder, "killed", **LONGER)
 
 

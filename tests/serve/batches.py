@@ -111,8 +111,8 @@ class Heard:
 
     def hear(self, told: Any) -> None:
         if isinstance(told, Started):
-            assert self.begun is None
-            self.begun = told.prompt_tokens
+            assert self.resumed is None
+            self.resumed = told.prompt_tokens
         elif isinstance(told, Delta):
             assert told.index not in self.ended
             self.texts[told.index] += told.text

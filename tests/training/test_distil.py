@@ -16,10 +16,10 @@ from tunesmith.inference.measure import evaluate_file
 from tunesmith.recipe.origin import moved_to
 from tunesmith.runs.folder import Run
 from tunesmith.training import teacher as teachers
-from tunesmith.training.distilling import prompt_of
 from tunesmith.training.probe import Found, measure
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
+from tunesmith.training.taught_answers import prompt_of
 from tunesmith.training.teacher import Teacher, refuse_other_vocabulary
 from tunesmith.training.trainer import resume, train
 
@@ -128,7 +128,7 @@ def test_answers_that_do_not_follow_from_the_step_are_found(drawn, monkeypatch):
         calls.append(step)
         return [len(calls) * 100 + i for i, _ in enumerate(rows)]
 
-    monkeypatch.setattr("tunesmith.training.distilling.seeds_of", counted)
+    monkeypatch.setattr("tunesmith.training.taught_answers.seeds_of", counted)
     with pytest.raises(AssertionError):
         same_run(resume(run), whole)
 

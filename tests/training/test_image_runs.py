@@ -20,7 +20,7 @@ from tunesmith.planning.decisions import Decisions
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import runs
-from tunesmith.training.seeing import decide_seeing
+from tunesmith.training.image_parts import decide_seeing
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 

@@ -53,7 +53,7 @@ def grade(
     passes: Annotated[float, typer.Option("--pass", help="Least reward of an answer that counts as right.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the model's answers.")] = 0,
     keep: Annotated[
-        str | None, typer.Option(metavar="LOW:HIGH", help="Write the rows whose mean reward lies there to --out.")
+        str | None, typer.Option(metavar="LOW:HIGH", help="Write the rows whose mean reward is in it to --out.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File of the rows that --keep keeps.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over --out.")] = False,
@@ -251,7 +251,7 @@ def _draw(values: JsonObject, judged: Sequence[Verdict]) -> None:
 def _keep(
     prompts: Sequence[Prompt], graded: Sequence[Graded], bounds: tuple[float, float], out: Path, say: Say
 ) -> None:
-    """Write the rows whose mean reward of the model's answers lies within the bounds."""
+    """Write the rows whose mean reward of the model's answers is within the bounds."""
     from tunesmith.graders.trial import MODEL, by_row
 
     low, high = bounds

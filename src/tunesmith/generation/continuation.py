@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 from tunesmith.errors import NonFiniteError, is_out_of_memory
 from tunesmith.generation.kv_cache import Layers, slot_of
 from tunesmith.generation.padded import GeneratedAnswer, read_answer
-from tunesmith.generation.scheduler import Begun
-from tunesmith.generation.writing import AnswerWriter, Writing
+from tunesmith.generation.scheduler import ResumedAnswer
+from tunesmith.generation.writer import AnswerWriter, Writing
 from tunesmith.models.attention import packed_forward
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.packing_check import TOLERANCES
@@ -110,9 +110,9 @@ class Continuation:
             last = int(predict_N[at])
             layers = {layer: _copied(pair, slice(start, last)) for layer, pair in kept.items()}
             on_logits = partial(self._prove, int(targets_N[at]), float(losses_N[at]))
-            begun = Begun(slot_of(layers, last - start), len(known) - 1, on_logits)
+            resumed = ResumedAnswer(slot_of(layers, last - start), len(known) - 1, on_logits)
             self._writing = self._writing or Writing(self.writer, answers=self.answers)
-            self._writing.add(row, ids_P[start : last + 1], begun)
+            self._writing.add(row, ids_P[start : last + 1], resumed)
         kept.clear()
 
     def _known(self, places: NDArray[Any], targets: NDArray[Any], outputs: NDArray[Any]) -> list[int]:

@@ -108,12 +108,12 @@ def draw_answers(
 
 
 def _request(key: int, prompt: Sequence[int], seed: int, how: Draw, adapter: str | None) -> PreparedRequest:
-    asked = GenerationRequest("", temperature=how.temperature, seed=seed, n=how.num)
+    request = GenerationRequest("", temperature=how.temperature, seed=seed, n=how.num)
     return PreparedRequest(
         key,
         tuple(prompt),
         how.tokenizer,
-        asked,
+        request,
         adapter=adapter,
         max_new_tokens=how.max_new_tokens,
         stop_ids=how.stop_ids,

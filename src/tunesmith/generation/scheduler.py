@@ -43,8 +43,8 @@ def places_room(num_tokens: int, num_answers: int = 1) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """An answer that has begun elsewhere. The prompt of its request has its first tokens at the end, and was
+class ResumedAnswer:
+    """An answer that started elsewhere. The prompt of its request has its first tokens at the end, and was
     read but for its very last token."""
 
     slot: SequenceSlot
@@ -73,7 +73,7 @@ class PreparedRequest:
     """Images of its prompt, in order; where there are any, the decoder is a `SeeingDecoder`."""
     keeps: bool = False
     """Whether `Finished` has the tokens of an answer and their log-probabilities."""
-    begun: Begun | None = None
+    resumed: ResumedAnswer | None = None
     """None: nothing of the prompt was read before."""
 
     @property
@@ -194,8 +194,8 @@ class Scheduler:
         events: list[KeyedEvent] = []
         while self.waiting and self._has_place(self.waiting[0]):
             request = self.waiting.popleft()
-            begun = request.begun
-            slot = self._decoder.open(request.adapter, len(request.prompt)) if begun is None else begun.slot
+            resumed = request.resumed
+            slot = self._decoder.open(request.adapter, len(request.prompt)) if resumed is None else resumed.slot
             if request.images and isinstance(self._decoder, SeeingDecoder):
                 self._decoder.show(slot, request.images)
             self._prefills.append(_Prefill(request, slot, slot.length))
@@ -226,11 +226,11 @@ class Scheduler:
     def _start_answers(self, prefill: _Prefill, logits_V: Tensor) -> list[KeyedEvent]:
         """The answers to a prompt that has been read, with their first tokens."""
         request, answers = prefill.request, []
-        if request.begun is not None:
-            request.begun.on_logits(logits_V)
+        if request.resumed is not None:
+            request.resumed.on_logits(logits_V)
         slots = self._decoder.fork(prefill.slot, request.sampling.n)
         self._prefills.remove(prefill)
-        prefill.slot.pool.layers.clear()  # which were copied; a request that had begun elsewhere still has the slot
+        prefill.slot.pool.layers.clear()  # which were copied; a request that started elsewhere still has the slot
         for index, slot in enumerate(slots):
             self._answers[slot] = _begin(request, index, slot)
             answers.append(self._answers[slot])
@@ -287,7 +287,7 @@ def _begin(request: PreparedRequest, index: int, slot: SequenceSlot) -> _Answer:
     """An answer to a prompt that has been read, with the tokens that it has already."""
     grammar = request.grammar() if request.grammar else None
     sampler = Sampler(request.sampling, index=index, grammar=grammar, keeps=request.keeps)
-    num_written = 0 if request.begun is None else request.begun.written
+    num_written = 0 if request.resumed is None else request.resumed.written
     start = len(request.prompt) - num_written
     text = StreamingDecoder(request.tokenizer, request.prompt[:start], stops=request.sampling.stop, strip=request.strip)
     for token_id in request.prompt[start:]:

@@ -109,7 +109,7 @@ class Pool:
     def _grade(self, key: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Grade:
         if key in self._kept:
             return self._kept[key]
-        begun, scores = time.monotonic(), dict[str, float]()
+        start, scores = time.monotonic(), dict[str, float]()
         rewards: dict[str, float] = {}
         is_unread = False
         try:
@@ -126,11 +126,11 @@ class Pool:
             if abs(reward) > MOST_REWARD:
                 raise GradeError("not_a_number", f"a grade is a number up to {MOST_REWARD:g}, and this is {reward:g}")
         except GradeError as error:
-            failed = Grade(None, {}, error.kind, str(error), seconds=time.monotonic() - begun)
+            failed = Grade(None, {}, error.kind, str(error), seconds=time.monotonic() - start)
             self._kept[key] = failed
             return failed
         scores |= {name: value for name, value in rewards.items() if name}
-        grade = self._kept[key] = Grade(reward, scores, is_unread=is_unread, seconds=time.monotonic() - begun)
+        grade = self._kept[key] = Grade(reward, scores, is_unread=is_unread, seconds=time.monotonic() - start)
         return grade
 
     def _of_part(

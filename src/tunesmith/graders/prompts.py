@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data.formats.prompts import asked_in
+from tunesmith.data.formats.prompts import prompt_in
 from tunesmith.data.problems import RowProblems
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
@@ -26,7 +26,7 @@ MOST_ROW_PROBLEMS = 20
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row: what a model is asked, and all fields as they are."""
+    """A row: what a model gets, and all fields as they are."""
 
     source: str
     item: Mapping[str, Any]
@@ -65,10 +65,10 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
 def prompt_of(record: Mapping[str, Any], source: Source) -> Prompt | list[Problem]:
     """One row, or its problems."""
     row = RowProblems(source)
-    asked, answer, tools = asked_in(record, row)
+    prompt, answer, tools = prompt_in(record, row)
     if row.problems:
         return row.problems
-    messages = tuple({"role": part.role, "content": part.text, **part.fields} for part in asked)
+    messages = tuple({"role": part.role, "content": part.text, **part.fields} for part in prompt)
     return Prompt(str(source), dict(record), messages, tools, reference_of(record, answer))
 
 

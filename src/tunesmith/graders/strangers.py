@@ -25,7 +25,7 @@ SERVERS_OPTIONS = ("address", "key_env", "env", "seconds", "memory_gib")
 TEXT_GRADERS = "string_check, text_similarity, regex, number, length or json_schema"
 
 
-class Judge(BaseModel):
+class JudgeAccess(BaseModel):
     """A model that grades answers, at an address with OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -45,7 +45,7 @@ class GraderRules(BaseModel):
     python: bool = False
     """Whether code of clients runs here, in `python` and `unit_tests`: as the server's user,
     within limits of time and memory."""
-    judges: dict[str, Judge] = Field(default_factory=dict)
+    judges: dict[str, JudgeAccess] = Field(default_factory=dict)
     """Models of `score_model`, by the names that clients use."""
 
 

@@ -30,16 +30,12 @@ def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
         return sentences
     seen = [PLAYED[kind] for kind in values["won"] if kind != "twice"]
     others = " and ".join(filter(None, [", ".join(seen[:-1]), *seen[-1:]]))
-    told = ""
+    strength = ""
     if seen:  # all of them against the same answers
         against = next(iter(values["won"].values()))["against"]
-        told = f"It tells {PLAYED[against]} from {others}. "
-    return [
-        Verdict(
-            f"{told}{'Nothing speaks against this grader.' if not sentences else 'It can be used; worth knowing:'}"
-        ),
-        *sentences,
-    ]
+        strength = f"It tells {PLAYED[against]} from {others}. "
+    end = "It can be used; worth knowing:" if sentences else "Nothing speaks against this grader."
+    return [Verdict(strength + end), *sentences]
 
 
 def _verdicts(values: Mapping[str, Any]) -> Iterator[Verdict]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.data.dataset import open_kept
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RecipeError, RunError
-from tunesmith.generation.writing import AnswerWriter, cache_tokens
+from tunesmith.generation.writer import AnswerWriter, cache_tokens
 from tunesmith.methods import METHODS, attach, restore
 from tunesmith.models import heads, machine
 from tunesmith.models import load as files

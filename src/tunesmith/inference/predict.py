@@ -24,7 +24,7 @@ from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.generate import PromptLimit
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
-from tunesmith.generation.writing import AnswerWriter
+from tunesmith.generation.writer import AnswerWriter
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list
 from tunesmith.models.forward import logits_at_targets, sequence_logits

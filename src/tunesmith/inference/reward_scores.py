@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from tunesmith.data.formats.prompts import asked_in
+from tunesmith.data.formats.prompts import prompt_in
 from tunesmith.data.problems import RowProblems
 from tunesmith.errors import InputError
 from tunesmith.graders import schema
@@ -40,9 +40,9 @@ class RewardScorer:
         """The reward of an answer to the prompt of a row. Raises GradeError for one
         that the run cannot read."""
         row = RowProblems(Source("", 0))
-        asked, _, tools = asked_in(item, row)
+        prompt, _, tools = prompt_in(item, row)
         # Templates refuse an answer without a letter.
-        parts = (*asked, Part("assistant", text if text.strip() else " ", True))
+        parts = (*prompt, Part("assistant", text if text.strip() else " ", True))
         example = Example(parts, Source("", 0), "prompts", tools)
         with self._lock:
             [line] = self._predictor([example], lambda done: None, lambda warning: None)

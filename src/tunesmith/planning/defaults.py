@@ -20,7 +20,7 @@ from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers, new_tokens_for
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.generation.writing import cache_tokens, written_together
+from tunesmith.generation.writer import cache_tokens, written_together
 from tunesmith.methods import METHODS, method_of
 from tunesmith.models import machine
 from tunesmith.models.resolve_model import ModelRef

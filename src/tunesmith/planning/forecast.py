@@ -22,7 +22,7 @@ from tunesmith.data.splits import Splits
 from tunesmith.evaluation.generate import has_short_answers, new_tokens_for
 from tunesmith.evaluation.predict_rows import MOST_HIGH_LOSS, sample_rows
 from tunesmith.generation.scheduler import places_room
-from tunesmith.generation.writing import cache_tokens, written_together
+from tunesmith.generation.writer import cache_tokens, written_together
 from tunesmith.methods import METHODS
 from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef

@@ -61,7 +61,7 @@ class Access:
         self._seen, self._sessions = now, {}
         with suppress(OSError, ValueError, TypeError, AttributeError):
             known = from_json(self.file.read_bytes())
-            self._sessions = {str(name): float(begun) for name, begun in known.items()}
+            self._sessions = {str(name): float(since) for name, since in known.items()}
 
     @property
     def cookie(self) -> str:
@@ -106,7 +106,7 @@ class Access:
         self._read()  # another server may have added some
         token, now = secrets.token_urlsafe(32), time.time()
         alive = sorted(self._sessions.items(), key=lambda item: -item[1])[: MOST_SESSIONS - 1]
-        self._sessions = {name: begun for name, begun in alive if now - begun < SESSION_S} | {_digest(token): now}
+        self._sessions = {name: since for name, since in alive if now - since < SESSION_S} | {_digest(token): now}
         with suppress(StorageError, OSError):  # it lives as long as this server then
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.file, to_json(self._sessions))

@@ -8,7 +8,7 @@ from functools import partial
 from tunesmith.evaluation.generate import SamplePrompt, sample_values
 from tunesmith.generation.continuation import Continuation
 from tunesmith.generation.padded import GeneratedAnswer
-from tunesmith.generation.writing import AnswerWriter, cache_tokens
+from tunesmith.generation.writer import AnswerWriter, cache_tokens
 from tunesmith.recipe.schema import resolved
 from tunesmith.training.progress import Session
 from tunesmith.training.setup import Setup, answer_tokens

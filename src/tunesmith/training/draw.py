@@ -195,7 +195,7 @@ class Drawing:
     def held_out(self, state: TrainState, store: RowStore, rows: Sequence[int]) -> list[Group]:
         """The answers to held-out prompts, with the same random numbers at every call."""
         seeds = seeds_of(store, rows, seed=self.recipe.seed, step=HELD_OUT)
-        return self._answered(state, store, rows, seeds, num=self.options.held_out_samples, tells=True)[0]
+        return self._answered(state, store, rows, seeds, num=self.options.held_out_samples, reports=True)[0]
 
     def _answered(
         self,
@@ -205,10 +205,10 @@ class Drawing:
         seeds: Sequence[int],
         *,
         num: int,
-        tells: bool = False,
+        reports: bool = False,
     ) -> tuple[list[Group], dict[str, float]]:
         """`num` answers to each of these rows of a store, drawn by the model as it is now, and graded.
-        `tells`: says how far it is; a step is soon made. Ranks draw answers to some of the prompts
+        `reports`: says how far it is; a step is soon made. Ranks draw answers to some of the prompts
         each, the first one grades all."""
         began, futures, world = time.perf_counter(), dict[int, list[Future[Grade]]](), state.world
         mine, ended = range(world.rank, len(rows), world.size), list[int]()
@@ -217,7 +217,7 @@ class Drawing:
             ended.append(number)
             if world.is_first:
                 futures[mine[number]] = self._submitted(store, rows[mine[number]], answers)
-            if tells:
+            if reports:
                 self.tick("draw", len(ended) * num, len(mine) * num)
 
         with drawing(cast(Any, state.model)) as decoder:

@@ -29,7 +29,7 @@ from tunesmith.environment import for_child, python_words
 from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
-from tunesmith.generation.writing import written_together
+from tunesmith.generation.writer import written_together
 from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.forecast import Duration, Forecast, Kind, heaviest, targets_of

@@ -48,9 +48,9 @@ from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.tasks.distil import DISTIL
+from tunesmith.training.image_parts import decide_seeing
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import OF_ANSWERS, ON_POLICY, as_answers, streams_of
-from tunesmith.training.seeing import decide_seeing
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.types import Aside, Choice, HeadName, JsonObject, Layout, OnProgress
 
@@ -129,8 +129,10 @@ def resolve_run(
         with _forecasting(notes):
             device = device or _device_here(notes, recipe, world, apart=apart)
             folder = root if is_here else None
-            told: dict[str, Any] = {"notes": notes, "other_models": other_models}
-            forecast = _forecast(decisions, inputs, rows, device=device, folder=folder, free_tokens=free_tokens, **told)
+            known: dict[str, Any] = {"notes": notes, "other_models": other_models}
+            forecast = _forecast(
+                decisions, inputs, rows, device=device, folder=folder, free_tokens=free_tokens, **known
+            )
         on_progress("plan", 1, 1)
     for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what forecasts decide
         if decisions.is_open(key):

@@ -53,13 +53,13 @@ from tunesmith.runs.atomic import free_bytes
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
-from tunesmith.training.distilling import taught_by
 from tunesmith.training.draw import Drawing
+from tunesmith.training.image_parts import PADDED, seeing_notes
 from tunesmith.training.inputs import Inputs
 from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
-from tunesmith.training.seeing import PADDED, seeing_notes
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
+from tunesmith.training.taught_answers import taught_by
 from tunesmith.training.teacher import Teacher
 from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress, Row
 

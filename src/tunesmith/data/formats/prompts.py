@@ -14,7 +14,7 @@ from tunesmith.data.problems import RowProblems, names
 from tunesmith.types import Example, JsonObject, Part, Problem, Record, Source
 
 
-def asked_in(record: Record, row: RowProblems) -> tuple[list[Part], Sequence[Part], tuple[Record, ...]]:
+def prompt_in(record: Record, row: RowProblems) -> tuple[list[Part], Sequence[Part], tuple[Record, ...]]:
     """The turns that a model answers, the answer that follows them, if any, and the tools."""
     place = "prompt" if record.get("prompt") is not None else "messages"
     content = record.get(place)
@@ -25,17 +25,17 @@ def asked_in(record: Record, row: RowProblems) -> tuple[list[Part], Sequence[Par
     turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
     parts = parts_of(turns, row, place=place, trained=False)
     tools = tools_of(record, row)
-    asked = without_answer(parts, row)
-    check_order(asked, row, place=place, answered=False)
+    prompt = without_answer(parts, row)
+    check_order(prompt, row, place=place, answered=False)
     if isinstance(content, str) and not content.strip():
         row.add("empty_prompt", "prompt is empty.", "Write it, or remove the row.")
-    return asked, parts[len(asked) :], tools
+    return prompt, parts[len(prompt) :], tools
 
 
 def _parse(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     row = RowProblems(source)
-    asked, _, tools = asked_in(record, row)
-    return row.problems or Example(tuple(asked), source, "prompts", tools, kept=dict(record))
+    prompt, _, tools = prompt_in(record, row)
+    return row.problems or Example(tuple(prompt), source, "prompts", tools, kept=dict(record))
 
 
 PROMPTS = Format(

@@ -224,8 +224,8 @@ def _answers(report: Record) -> Iterator[Block | Table]:
     samples = report["samples"]
     if not samples:
         return
-    asked = sum("before" in sample for sample in samples)
-    fewer = f" The untouched model was asked {asked:,} of these {len(samples):,}." if asked < len(samples) else ""
+    answered = sum("before" in sample for sample in samples)
+    fewer = f" The untouched model answered {answered:,} of these {len(samples):,}." if answered < len(samples) else ""
     if not report.get("short_answers"):
         yield Block("paragraph", f"Held-out prompts, answered before and after. ✓ is equal to the reference.{fewer}")
         yield Block("answers", samples)

@@ -20,7 +20,7 @@ from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import BatchedDecoder, decoding, why_not_batched
 from tunesmith.generation.padded import LEAST_CHUNK, GeneratedAnswer, ImagesOf, generate_within, prompt_batches
 from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError
-from tunesmith.generation.scheduler import Begun, PreparedRequest, Scheduler, places_room
+from tunesmith.generation.scheduler import PreparedRequest, ResumedAnswer, Scheduler, places_room
 from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.tasks import TASKS
 
@@ -71,8 +71,8 @@ class Writing:
         streams, room = self._scheduler.streams, self._scheduler.room
         return len(self._rooms) > streams or (room is not None and sum(self._rooms.values()) > room)
 
-    def add(self, key: int, prompt: Sequence[int], begun: Begun | None = None) -> None:
-        """Put a prompt at the end of the queue; see `Begun` for an answer that has begun elsewhere."""
+    def add(self, key: int, prompt: Sequence[int], resumed: ResumedAnswer | None = None) -> None:
+        """Put a prompt at the end of the queue; see `ResumedAnswer` for an answer that started elsewhere."""
         writer = self._writer
         request = PreparedRequest(
             key,
@@ -82,7 +82,7 @@ class Writing:
             max_new_tokens=writer.new_tokens,
             stop_ids=writer.stop_ids,
             strip=not TASKS[writer.renderer.task_name].raw_text,
-            begun=begun,
+            resumed=resumed,
         )
         self._rooms[key] = request.room
         self._scheduler.room = max(self._scheduler.room or 0, request.room)  # one is always written
