@@ -87,7 +87,8 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
         linear for linear in _named(model, LINEARS) if linear.name not in head and id(linear.module) not in unread
     ]
     in_head = [target for target in _named(model, LINEARS) if target.name in head]
-    linears += expert_targets(model)
+    experts = expert_targets(model)
+    linears += experts
     embeddings = _named(model, (nn.Embedding,))
     problems: list[str] = []
     chosen: set[int] = set()
@@ -118,8 +119,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
             problems.append(f"method.targets: {word!r} {reason}{hint}")
     if problems:
         raise RecipeError("\n".join(problems))
-    every = [*_named(model, LINEARS), *expert_targets(model)]
-    return [target for target in every if id(target.module) in chosen]
+    return [target for target in (*_named(model, LINEARS), *experts) if id(target.module) in chosen]
 
 
 def expert_targets(model: nn.Module) -> list[Target]:
