@@ -286,3 +286,17 @@ def test_a_formula_without_a_value_is_no_reward(text: str) -> None:
 def test_what_is_no_formula_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="no formula"):
         formula.parse(text, ("a",), "calculate_output")
+
+
+def test_long_texts_keep_no_grader_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are compared in a process with limits, by the identity and the score of this one."""
+    monkeypatch.setattr(schema.TextSimilarity, "seconds", 1)
+    value = {"type": "text_similarity", "input": "{{sample.output_text}}", "reference": "{{item.text}}"}
+    likeness = {**value, "evaluation_metric": "rouge_l"}
+    assert grade(likeness, "a b", {"text": "a c"}).reward == pytest.approx(0.5)
+    assert grade(likeness, "a " * 20_000, {"text": "b " * 20_000}).kind in ("timeout", "memory")
+
+
+def test_a_variable_that_repeats_a_long_value_ends() -> None:
+    long = {"type": "number", "input": "{{item.text}}" * 100, "reference": "1"}
+    assert "more than 16,777,216 characters" in grade(long, "", {"text": "a" * 2**20}).error

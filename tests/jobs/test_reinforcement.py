@@ -89,6 +89,9 @@ def allowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         ({**MULTI, "graders": {"equal": EQUAL}}, "invalid_grader", "there is no grader digits"),
         ({"type": "label_model"}, "invalid_grader", "Let a `score_model` grader give a number"),
         ({}, "invalid_grader", ""),
+        ({"type": ["regex"]}, "invalid_grader", ""),
+        ({"type": "json_schema", "schema": {"$schema": []}}, "invalid_grader", "$schema is no text"),
+        ({**MULTI, "graders": {f"g{i}": EQUAL for i in range(33)}, "calculate_output": "g0"}, "invalid_grader", "33"),
     ],
 )
 def test_what_of_a_strangers_grader_does_not_run(grader: dict[str, Any], code: str, words: str) -> None:

@@ -93,10 +93,12 @@ def _loaded(given: Mapping[str, Any]) -> Work | None:
     if given["what"] == "tests":
         return None
     if given["what"] == "text":
-        from tunesmith.graders.schema import from_value
-        from tunesmith.graders.texts import grade_text
+        from tunesmith.graders.schema import TextSimilarity, from_value
+        from tunesmith.graders.texts import grade_text, similarity
 
         grader = from_value(given["grader"])
+        if isinstance(grader, TextSimilarity):
+            similarity(grader.evaluation_metric, "a", "a")  # its library is imported once, not by each fork
         return lambda request: grade_text(grader, request["sample"], request["item"])
     file = Path(given["file"])
     sys.path.insert(0, str(file.parent))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, MutableMapping
@@ -25,7 +26,7 @@ MOST_REWARD = 1e30
 """Sums of larger ones end."""
 _CODE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 IN_CHILDREN = (schema.Function, schema.Python, schema.UnitTests, schema.Regex, schema.JsonSchema)
-"""Code, and what a regular expression can keep busy for ever."""
+"""Code, and what a regular expression can keep busy for ever; where processes fork, also what long texts can."""
 
 
 class Scorer(Protocol):
@@ -76,12 +77,13 @@ class Pool:
             for name, part in self._parts.items():
                 if isinstance(part, schema.RewardRun):
                     self._scorers[name] = scorer_of(part)
-                if isinstance(part, IN_CHILDREN):
+                if isinstance(part, IN_CHILDREN) or (part.type == "text_similarity" and hasattr(os, "fork")):
                     self.children[name] = Children(part)
         except BaseException:
             self.close()
             raise
-        files = {name: sorted(child.files.values()) for name, child in self.children.items()}
+        coded = [name for name in self.children if isinstance(self._parts[name], IN_CHILDREN)]
+        files = {name: sorted(self.children[name].files.values()) for name in coded}
         runs = {name: dict(scorer.identity) for name, scorer in self._scorers.items()}
         self.identity = _digest([without_places(grader.model_dump(mode="json")), files, *([runs] if runs else [])])
         """SHA-256 of the grader, of the files of its code and of its reward runs, wherever these are."""
@@ -104,7 +106,9 @@ class Pool:
         with self._lock:
             if key not in self._underway:
                 self._underway[key] = self._threads.submit(self._grade, key, answer.as_sample(), item)
-            return self._underway[key]
+            future = self._underway[key]
+        future.add_done_callback(lambda _: self._underway.pop(key, None))  # its grade is kept
+        return future
 
     def _grade(self, key: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Grade:
         if key in self._kept:

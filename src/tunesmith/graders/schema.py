@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 import yaml
@@ -47,6 +47,8 @@ class TextSimilarity(_Grader):
     ]
     pass_threshold: float | None = None
     """Older examples have it; a reward is the similarity itself."""
+    seconds: ClassVar[float] = GRADER_SECONDS  # no option, so that grades that were kept before still count
+    memory_gib: ClassVar[float] = MEMORY_GIB
 
     @field_validator("evaluation_metric", mode="before")
     @classmethod
@@ -294,7 +296,7 @@ def from_value(value: Any, *, place: str = "grader", folder: Path = Path()) -> A
     """The grader that a JSON value describes; files that it names are in `folder`. Raises InputError."""
     kinds = [value, *(value.get("graders") or {}).values()] if _is_multi(value) else [value]
     for kind in kinds:
-        if isinstance(kind, Mapping) and kind.get("type") in REFUSED:
+        if isinstance(kind, Mapping) and str(kind.get("type")) in REFUSED:
             raise InputError(f"{place}: type {kind['type']}: {REFUSED[str(kind['type'])]}")
     try:
         grader = _ANY.validate_python(value)

@@ -22,6 +22,7 @@ RUNS_CODE = ("python", "unit_tests")
 OF_SERVER = ("function", "reward_run")
 """Types that name files of the server."""
 SERVERS_OPTIONS = ("address", "key_env", "env", "seconds", "memory_gib")
+MOST_GRADERS = 32  # of a multi: some take a process each
 TEXT_GRADERS = "string_check, text_similarity, regex, number, length or json_schema"
 
 
@@ -77,10 +78,12 @@ def runnable(sent: Any, rules: GraderRules, place: str) -> JsonObject:
     try:
         grader = schema.from_value(made, place=place)
         schema.check_variables(grader, None)
+        if (num := len(schema.parts_of(grader))) > MOST_GRADERS:
+            raise InputError(f"{place}.graders: {num:,} graders. Send at most {MOST_GRADERS}.")
         for part in schema.parts_of(grader).values():
             refuse_lacking(part)
             _check_code(part, place)
-    except InputError as error:
+    except (InputError, RecursionError) as error:
         raise GraderRefusedError(str(error), code="invalid_grader", place=place) from None
     assert isinstance(made, dict), "it is a grader"
     return made

@@ -14,6 +14,7 @@ from tunesmith.phrases import did_you_mean, listed
 _VARIABLE = re.compile(r"\{\{\s*(.*?)\s*\}\}", re.DOTALL)
 _PATH = re.compile(r"(item|sample)((?:\.[^.\[\]\s]+|\[\d+\])+)")
 _STEP = re.compile(r"\.([^.\[\]\s]+)|\[(\d+)\]")
+MOST_RENDERED = 2**24  # characters: names of few can repeat a long value without end
 SAMPLE = ("output_text", "output_json", "output_tools", "choices", "ended", "tokens")
 """Fields of a sample."""
 
@@ -40,10 +41,16 @@ def check(text: str, item: Mapping[str, Any] | None, place: str) -> None:
 
 def render(text: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str:
     """The text with its variables' values: texts as they are, other values as JSON. Raises GradeError."""
+    num_characters = len(text)
 
     def shown(match: re.Match[str]) -> str:
+        nonlocal num_characters
         value = _value(_steps(match), {"sample": sample, "item": item}, match[0])
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        num_characters += len(words)
+        if num_characters > MOST_RENDERED:
+            raise GradeError("exception", f"{match[0]}: with it the text has more than {MOST_RENDERED:,} characters")
+        return words
 
     return _VARIABLE.sub(shown, text)
 

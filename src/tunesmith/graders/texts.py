@@ -1,4 +1,4 @@
-"""Graders that compare texts: no code of others runs, so they are computed in this process.
+"""Graders that compare texts: no code of others runs.
 
 BLEU: Papineni et al. 2002, of one sentence, n-grams of 1 to 4 words, above 1 with the add-one smoothing of Lin
 & Och 2004, "ORANGE", section 4. GLEU: Wu et al. 2016, arXiv 1609.08144, section 4.4.
@@ -154,11 +154,12 @@ def _validator(text: str) -> Any:
     from jsonschema_specifications import REGISTRY
 
     of_schema = json.loads(text)
-    kind = validators.validator_for(of_schema)
     try:
+        kind = validators.validator_for(of_schema)
         kind.check_schema(of_schema)
-    except exceptions.SchemaError as error:
-        raise InputError(f"json_schema: schema: it is not a JSON schema: {error.message}") from None
+    except (exceptions.SchemaError, TypeError, AttributeError) as error:
+        why = getattr(error, "message", "$schema is no text")
+        raise InputError(f"json_schema: schema: it is not a JSON schema: {why}") from None
     return kind(of_schema, registry=REGISTRY)
 
 

@@ -44,10 +44,13 @@ class RewardScorer:
         # Templates refuse an answer without a letter.
         parts = (*prompt, Part("assistant", text if text.strip() else " ", True))
         example = Example(parts, Source("", 0), "prompts", tools)
+        warnings: list[Problem] = []
         with self._lock:
-            [line] = self._predictor([example], lambda done: None, lambda warning: None)
+            [line] = self._predictor([example], lambda done: None, warnings.append)
         if isinstance(line, Problem):
             raise GradeError("exception", f"the reward run cannot read it: {line.message}")
+        if cut := [warning.message for warning in warnings if warning.code == "cut"]:
+            raise GradeError("exception", f"the reward run cannot read all of it: {cut[0]}")
         return float(line["reward"])
 
 
