@@ -105,9 +105,9 @@ def look_at(image: ImageRef, folder: Path, limits: Limits) -> ImageRef:
         content = image.data
         _refuse_large(len(content), limits)
     with _opened(content) as picture:
-        num_frames = getattr(picture, "n_frames", 1)
-        if num_frames > 1 and picture.format in ("GIF", "WEBP", "PNG"):
-            message = f"it is animated ({num_frames} frames): nobody says which of them is meant."
+        # `n_frames` would read every frame of a GIF: a small file has millions.
+        if getattr(picture, "is_animated", False) and picture.format in ("GIF", "WEBP", "PNG"):
+            message = "it is animated: nobody says which of its frames is meant."
             raise BadImage("animated_image", message, "Save the frame that you mean as an image of its own.")
         width, height = picture.size
         if width * height > limits.image_pixels:
