@@ -100,7 +100,7 @@ class ServedModel:
     def _images(self, request: GenerationRequest) -> list[tuple[int, int, ImageRef]]:
         """The images of a request: index of message, character, and what its header
         says. Raises RequestError."""
-        images, limits = [], Limits()
+        images, limits = list[tuple[int, int, ImageRef]](), Limits()
         if len(request.images) > limits.images:  # of a few kilobytes each takes a tenth of a second to decode
             message = f"{len(request.images):,} images, and at most {limits.images} are read: show fewer"
             raise RequestError(message, code="too_many_images", param="messages")
