@@ -203,6 +203,7 @@ def test_vision_and_projector_are_words_of_targets(tmp_path: Path) -> None:  # t
     assert {name.split(".")[1] for name in setup.attachment.layers} == {
         "language_model", "vision_tower", "multi_modal_projector",
     }  # fmt: skip
+    assert not any("not run by text" in note for note in setup.attachment.notes)
     with pytest.raises(AssertionError):
         check()
 
