@@ -102,8 +102,8 @@ class ServedModel:
         says. Raises RequestError."""
         images, limits = list[tuple[int, int, ImageRef]](), Limits()
         if len(request.images) > limits.images:  # of a few kilobytes each takes a tenth of a second to decode
-            message = f"{len(request.images):,} images, and at most {limits.images} are read: show fewer"
-            raise RequestError(message, code="too_many_images", param="messages")
+            words = f"{len(request.images):,} images, and at most {limits.images} are read: show fewer"
+            raise RequestError(words, code="too_many_images", param="messages")
         for message, place, content in request.images:
             assert self._placeholders is not None, "it raises otherwise"
             try:
