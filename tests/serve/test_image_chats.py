@@ -18,9 +18,11 @@ from tiny_vision import FAMILIES, picture, png, vision_folder
 from tunesmith.cli.chat import ChatSpeaker, Conversation
 from tunesmith.data.images import look_at
 from tunesmith.errors import InputError
+from tunesmith.generation.decoder import KEPT_BYTES
 from tunesmith.generation.padded import generate
 from tunesmith.inference import load as loading
 from tunesmith.inference.predict import Predictor, predict_file
+from tunesmith.models.image_features import kept_vectors
 from tunesmith.recipe.schema import Limits
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestError
 from tunesmith.serve.registry import LocalEngine
@@ -29,6 +31,7 @@ from tunesmith.types import ImageRef, Part, images_of
 
 OPTIONS = EngineOptions(max_new_tokens=8, streams=1)
 CONTENT = png(picture(7, 20, 32))
+IMAGE = [(0, 0, base64.b64encode(CONTENT).decode())]
 
 
 def body(*parts: Any, role: str = "user") -> ChatBody:
@@ -125,6 +128,26 @@ def test_a_damaged_image_is_refused_and_so_is_one_for_a_text_model(tmp_path: Pat
         body(image_part(), role="assistant").to_request()
 
 
+def test_what_images_take_of_a_server_is_bounded(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path, "llava")
+    request = body(*[image_part()] * (Limits().images + 1)).to_request()
+    with pytest.raises(RequestError, match="at most 64") as refused:
+        engine.model.prepare(0, request, OPTIONS)
+    assert (refused.value.status, refused.value.code) == (400, "too_many_images")
+    assert engine.model.prepare(0, body(image_part()).to_request(), OPTIONS).sampling.images == ()
+    assert kept_vectors(engine.model.decoder.model).room <= KEPT_BYTES
+
+
+def test_a_model_for_single_prompts_refuses_images(tmp_path: Path) -> None:
+    """Its prompt would have no place for them, and the pass would end the process of the server."""
+    folder = str(vision_folder(tmp_path / "llava", "llava"))
+    engine = LocalEngine(loading.load_model(folder, task="generate", offline=True), lambda text: None)
+    assert not engine.model.card.sees
+    request = GenerationRequest("", messages=({"role": "user", "content": "What is it?"},), images=IMAGE)
+    with pytest.raises(RequestError, match="reads text alone"):
+        engine.model.prepare(0, request, OPTIONS)
+
+
 def test_chat_shows_an_image_and_remembers_it(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(CONTENT)
     conversation = Conversation(
@@ -136,8 +159,9 @@ def test_chat_shows_an_image_and_remembers_it(tmp_path: Path) -> None:
     assert [(message, place) for message, place, _ in conversation.images] == [(0, 0)]
     with pytest.raises(InputError, match="cannot be read"):
         conversation.show(tmp_path / "missing.png")
+    conversation.show(tmp_path / "a.png")
     conversation.reset()
-    assert conversation.images == []
+    assert conversation.images == conversation.pending == []
 
 
 def test_predict_answers_rows_and_writes_rows(tmp_path: Path) -> None:

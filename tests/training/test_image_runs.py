@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_run import same_run, stopped
-from tiny_vision import picture, png, vision_recipe
+from tiny_vision import picture, png, questions, vision_recipe
 from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.generation.padded import generate
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.image_features import kept_vectors
 from tunesmith.planning.decisions import Decisions
 from tunesmith.recipe.load import validate
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.schema import DataFile, Recipe
 from tunesmith.runs.folder import runs
 from tunesmith.training.image_parts import decide_seeing
 from tunesmith.training.setup import prepare
@@ -166,6 +166,19 @@ def test_a_changed_image_is_another_data_set(tmp_path: Path) -> None:  # trap: I
     assert first != second
 
 
+def test_the_same_rows_in_another_folder_have_other_images(tmp_path: Path) -> None:
+    """A copy of a file of rows names the images that lie beside the copy."""
+    recipe = vision_recipe(tmp_path)
+    (tmp_path / "copy").mkdir()
+    rows = [*recipe.data.train, DataFile(path=str(questions(tmp_path / "copy")))]
+    (tmp_path / "copy/0.png").write_bytes(png(picture(99)))
+    assert Path(rows[0].path).read_bytes() == Path(rows[1].path).read_bytes()
+    for file in rows:
+        data = recipe.data.model_copy(update={"train": (file,)})
+        store = prepare(recipe.model_copy(update={"data": data}), root=tmp_path / "runs").rows.store
+        assert {Path(image.path).parent for image in store.images or ()} == {Path(file.path).resolve().parent}
+
+
 def recipe_at(folder: Path) -> Recipe:
     (run,) = runs(folder / "runs")
     given = run.recipe()
@@ -190,6 +203,7 @@ def test_vision_and_projector_are_words_of_targets(tmp_path: Path) -> None:  # t
     assert {name.split(".")[1] for name in setup.attachment.layers} == {
         "language_model", "vision_tower", "multi_modal_projector",
     }  # fmt: skip
+    assert not any("not run by text" in note for note in setup.attachment.notes)
     with pytest.raises(AssertionError):
         check()
 

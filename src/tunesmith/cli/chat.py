@@ -153,7 +153,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget what was said and shown."""
-        self.images = []
+        self.images, self.pending = [], []
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def show(self, file: Path) -> None:

@@ -303,7 +303,8 @@ def build(
         before = [_signature(file.at) for file in files]
         sizes = [size for size, *_ in before]
         hashes = [file_hash(file) for file in files]
-        key = _key(hashes, [suffix_of(file.path) for file in files], data, renderer)  # which choose a reader
+        suffixes = [suffix_of(file.path) for file in files]  # which choose a reader
+        key = _key(hashes, suffixes, data, renderer, [_image_folder(file, data) for file in files])
         paths = [file.path for file in files]
         summary = find(folder, key)
         if summary is not None and not _is_current(folder, summary):
@@ -425,7 +426,15 @@ def open_kept(folder: Path, key: str | None) -> RowStore | None:
     return None
 
 
-def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Renderer) -> str:
+def _image_folder(file: DataFile, data: Data) -> str:
+    """Where paths in the rows of a file begin: a copy of the file in another folder names other images."""
+    if data.image_folder is None and is_address(file.path):
+        return ""
+    return str(Path(data.image_folder or Path(file.path).parent).resolve())
+
+
+def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Renderer, at: Sequence[str] = ()) -> str:
+    """`at`: where paths of images begin, for each file."""
     limits = data.limits.model_dump()
     limits.pop("problems")  # how many are listed changes no row
     of_images = {name: limits.pop(name) for name in ("images", "image_bytes", "image_pixels")}
@@ -449,7 +458,7 @@ def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Re
     if renderer.date is not None:
         parts["date"] = renderer.date
     if renderer.placeholders is not None:  # a model that reads text alone has rows without images
-        parts["images"] = {**of_images, "folder": data.image_folder, "processor": renderer.placeholders.fingerprint}
+        parts["images"] = {**of_images, "folders": list(at), "processor": renderer.placeholders.fingerprint}
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

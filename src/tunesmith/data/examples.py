@@ -281,8 +281,7 @@ class FileExamples:
 
 
 def _unplaced_images(record: Record, source: Source, shape: Shape) -> list[Problem]:
-    """The problem of a row that is not a chat and brings images: its answers are to
-    them, and it would do without."""
+    """The problem of a row that is not a chat and brings images: its answers are to them, and it would do without."""
     if shape not in (*COMPARED, *NAMED) or not (names := [name for name in IMAGE_FIELDS if record.get(name)]):
         return []
     message = f"it has images ({names[0]}), and rows of the shape {shape} have no place for them yet."

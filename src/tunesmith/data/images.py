@@ -105,9 +105,9 @@ def look_at(image: ImageRef, folder: Path, limits: Limits) -> ImageRef:
         content = image.data
         _refuse_large(len(content), limits)
     with _opened(content) as picture:
-        num_frames = getattr(picture, "n_frames", 1)
-        if num_frames > 1 and picture.format in ("GIF", "WEBP", "PNG"):
-            message = f"it is animated ({num_frames} frames): nobody says which of them is meant."
+        # `n_frames` would read every frame of a GIF: a small file has millions.
+        if getattr(picture, "is_animated", False) and picture.format in ("GIF", "WEBP", "PNG"):
+            message = "it is animated: nobody says which of its frames is meant."
             raise BadImage("animated_image", message, "Save the frame that you mean as an image of its own.")
         width, height = picture.size
         if width * height > limits.image_pixels:
@@ -190,8 +190,7 @@ def _orientation(picture: Image) -> int:
 
 
 def check_whole(image: ImageRef) -> list[tuple[str, str]]:
-    """(code, message) of what is changed for the model. Decodes the image; raises
-    `BadImage` where it is damaged."""
+    """(code, message) of what is changed for the model. Decodes the image; raises `BadImage` where it is damaged."""
     with _opened(_bytes_of(image)) as picture:
         turn, mode = _orientation(picture), picture.mode
         has_alpha = picture.has_transparency_data
@@ -209,8 +208,7 @@ def check_whole(image: ImageRef) -> list[tuple[str, str]]:
 
 
 def pixels_of(image: ImageRef) -> Image:
-    """The image as RGB, turned, on white, of 8 bits. Raises `DataError` where it is
-    not what rows were encoded with."""
+    """The image as RGB, turned, on white, of 8 bits. Raises `DataError` where it is not what rows were encoded with."""
     try:
         with _opened(_bytes_of(image)) as picture:
             turn = _TURNS.get(_orientation(picture))
@@ -239,8 +237,7 @@ def _bytes_of(image: ImageRef) -> bytes:
 
 
 def _as_rgb(picture: Image) -> Image:
-    """Transparent places on white: `convert` shows what lies under them. 16 bits
-    scaled: `convert` clips them."""
+    """Transparent places on white: `convert` shows what lies under them. 16 bits scaled: `convert` clips them."""
     from PIL import Image as pillow
 
     if picture.has_transparency_data:

@@ -33,16 +33,17 @@ from tunesmith.generation.kv_cache import (
     use_cached_attention,
 )
 from tunesmith.models.attention import AttentionTrace, packed_forward
-from tunesmith.models.image_features import image_inputs
+from tunesmith.models.image_features import image_inputs, kept_vectors
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
 from tunesmith.models.segments import Segments, UnsupportedAttentionError
 from tunesmith.models.vision import is_seeing
 from tunesmith.types import BatchImage
 
+KEPT_BYTES = 128 * 1024**2
+"""Most that vectors of images fill while answers are decoded: keys and values may fill the rest of a server."""
 PROBES = ((37, 23), (11, 5), (64, 40))
-"""Length of each probe text, and of its part that is read as a prompt; the rest is
-read as if it were written."""
+"""Length of each probe text, and of its part that is read as a prompt; the rest is read as if it were written."""
 _MODEL_ERRORS = (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, LookupError)
 """A model that cannot be called in this way raises any of these."""
 PromptPart = tuple[SequenceSlot, Sequence[int]]
@@ -199,15 +200,15 @@ class SequentialDecoder:
 
 
 class SeeingDecoder(SequentialDecoder):
-    """Sequences whose prompts have images, each in a pass of its own: a prompt is
-    read at once, with its images.
+    """Sequences whose prompts have images, each in a pass of its own: a prompt is read at once, with its images.
 
     What comes behind an image in a model that counts positions in three ways is counted from where that ended.
     """
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
         super().__init__(model, adapters)
-        self.reads_whole = True
+        self.reads_whole, memory = True, kept_vectors(model)
+        memory.room = min(memory.room, KEPT_BYTES)
         self._shown: dict[SequenceSlot, Sequence[BatchImage]] = {}
         self._ahead: dict[SequenceSlot, int] = {}
         """The position of the next token minus the number of tokens before it."""
@@ -262,8 +263,7 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 
 
 def why_not_batched(model: PreTrainedModel, adapters: AdapterSet) -> str:
-    """The reason why sequences of this model cannot be decoded together by a
-    `BatchedDecoder`; "" if they can."""
+    """The reason why sequences of this model cannot be decoded together by a `BatchedDecoder`; "" if they can."""
     if model.config.is_encoder_decoder:
         return "it is an encoder–decoder"
     return recurrent_layer(model) or why_unlike(BatchedDecoder, model, adapters)

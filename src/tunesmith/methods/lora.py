@@ -264,7 +264,8 @@ def _notes(
     if experts:
         of_experts = [size for size in adapted if size.target.is_of_experts]
         notes.append(_note_on_experts(model, settings, experts, of_experts))
-    if unread := unread_linears(model):
+    modules_adapted = {id(size.target.module) for size in adapted}
+    if unread := [target for target in unread_linears(model) if id(target.module) not in modules_adapted]:
         text = f"{len(unread)} linear layers such as {unread[0].name} are not run by text: they have no adapter"
         notes.append(Aside(text))
     return tuple(notes)

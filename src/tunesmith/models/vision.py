@@ -40,8 +40,8 @@ _PROCESSORS = {
 }
 _KEPT_ARGUMENTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
 """Arguments of `get_image_features` that image processors make; they count crops and rows besides."""
-
-
+MOST_EXPANDED = 500
+"""Sizes of images whose texts are remembered: photos have many, and a text can be a hundred kilobytes."""
 _REFUSALS = (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
 """Errors of a processor for a shape that it does not take."""
 
@@ -112,6 +112,8 @@ class Vision:
             from PIL import Image as pillow
 
             blank = pillow.new("RGB", size)
+            if len(self._expanded) == MOST_EXPANDED:
+                self._expanded.clear()
             try:
                 with silence_transformers():
                     _, (self._expanded[size],) = self._processor._process_images([blank], **self._options)

@@ -81,12 +81,14 @@ class Registry:
         """Read and check a run that is to be served as `name`; changes nothing.
         Raises ModelError or RunError."""
         shared, run = self.shared, Run.open(path, path.parent)
-        if shared is None or (why := why_unshareable(run)) is not None:
-            why = "this server takes none" if shared is None else why
-            raise ModelError(f"{run.path}: cannot be put on a base that is served: {why}")
         chain = [run]
         while (parent := chain[-1].started_from()) is not None:
             chain.append(parent)
+        # Paths of those before it count too: in a tower nothing would put them into effect, without a word.
+        why = next(filter(None, map(why_unshareable, chain)), None)
+        if shared is None or why is not None:
+            why = "this server takes none" if shared is None else why
+            raise ModelError(f"{run.path}: cannot be put on a base that is served: {why}")
         loading.refuse_other_base(chain[-1], shared.loaded.located, self.hashes.result())
         paths = read_paths(chain, shared.loaded)
         return _tuned(shared.loaded, name, run, shared.decoder, paths, note=lambda text: None)
@@ -308,7 +310,7 @@ def _card(loaded: LoadedModel, name: str, run: Run | None, answers: Modality) ->
         is_base=run is None,
         created=int(loaded.located.path.stat().st_mtime if run is None else run.created),
         labels=loaded.labels.names if loaded.labels is not None else (),
-        sees=loaded.renderer.placeholders is not None,
+        sees=loaded.renderer.placeholders is not None and TASKS[loaded.renderer.task_name].is_chat,
         calls=tool_call_format(loaded.renderer.tokenizer) if TASKS[loaded.renderer.task_name].is_chat else None,
     )
 

@@ -6,7 +6,7 @@ classifies, and text embedders."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class ServedModel:
             key,
             tuple(prompt),
             self.renderer.tokenizer,
-            request,
+            replace(request, images=()),  # in base64, for as long as it waits and is answered
             adapter=self.adapter,
             max_new_tokens=self._max_new_tokens(request, len(prompt), options),
             stop_ids=frozenset(self.renderer.stop_ids),
@@ -92,7 +92,7 @@ class ServedModel:
     def _placeholders(self) -> Placeholders:
         """Raises RequestError for a model that reads text alone."""
         placeholders = self.renderer.placeholders
-        if placeholders is None or self.decoder.seeing is None:
+        if placeholders is None or self.decoder.seeing is None or not self.card.sees:
             message = f"{self.card.name} reads text alone: leave the image out, or ask a model that sees"
             raise RequestError(message, code="no_images_here", param="messages")
         return placeholders
@@ -100,11 +100,14 @@ class ServedModel:
     def _images(self, request: GenerationRequest) -> list[tuple[int, int, ImageRef]]:
         """The images of a request: index of message, character, and what its header
         says. Raises RequestError."""
-        images = []
+        images, limits = list[tuple[int, int, ImageRef]](), Limits()
+        if len(request.images) > limits.images:  # of a few kilobytes each takes a tenth of a second to decode
+            words = f"{len(request.images):,} images, and at most {limits.images} are read: show fewer"
+            raise RequestError(words, code="too_many_images", param="messages")
         for message, place, content in request.images:
             assert self._placeholders is not None, "it raises otherwise"
             try:
-                image = look_at(image_at({"base64": content}, f"messages[{message}]"), Path(), Limits())
+                image = look_at(image_at({"base64": content}, f"messages[{message}]"), Path(), limits)
             except BadImage as bad:
                 words = f"messages[{message}]: {bad.message} {bad.fix}"
                 raise RequestError(words, code=bad.code, param="messages") from bad

@@ -7,8 +7,10 @@ from torch import nn
 from tunesmith.data.splits import Splits
 from tunesmith.errors import RecipeError
 from tunesmith.methods.targets import is_inside
+from tunesmith.models.image_features import MEMORY_SHARE, kept_vectors
 from tunesmith.models.vision import part_modules
 from tunesmith.planning.decisions import Decisions
+from tunesmith.planning.devices import room
 from tunesmith.recipe.methods import FullMethod
 from tunesmith.types import Aside, Choice
 
@@ -19,8 +21,7 @@ PADDED = "padded batches: rows have images, and are not packed with others yet; 
 
 
 def decide_seeing(decisions: Decisions, rows: Splits) -> None:
-    """Decide what full tuning trains where rows have images. Raises RecipeError for
-    what cannot be done with them."""
+    """Decide what full tuning trains where rows have images. Raises RecipeError for what cannot be done with them."""
     recipe = decisions.recipe
     if not rows.has_images:
         return
@@ -38,6 +39,8 @@ def seeing_notes(model: nn.Module, rows: Splits) -> list[str]:
     """A line about what is trained and what is frozen of a model that sees, where rows have images."""
     if not rows.has_images:
         return []
+    memory = kept_vectors(model)
+    memory.room = min(memory.room, int(MEMORY_SHARE * room("cpu")))  # less in a container, which psutil does not see
     phrases = []
     for word, modules in part_modules(model).items():
         weights = [weight for name, weight in model.named_parameters() if is_inside(name, modules)]

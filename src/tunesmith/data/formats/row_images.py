@@ -1,5 +1,4 @@
-"""Images of a row, taken in order by the parts and markers of its user's turns. The
-forms: docs/guide/images.md."""
+"""Images of a row, taken in order by the parts and markers of its user's turns. The forms: docs/guide/images.md."""
 
 from __future__ import annotations
 
