@@ -41,6 +41,7 @@ gc.freeze()
 
 def run(words, cwd, env):
     os.chdir(cwd)
+    sys.path[:] = [path for path in sys.path if path]  # "" would be this folder
     sys.executable = env.pop("FRESH_PYTHON", sys.executable)
     os.environ.clear()
     os.environ.update(env)

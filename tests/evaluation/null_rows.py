@@ -29,6 +29,16 @@ def tokens(draw: Draw, num: int) -> Sides:
     return [side(), side()]
 
 
+def taught(draw: Draw, num: int) -> Sides:
+    hard, counts = draw.lognormal(-1, 0.5, num), draw.integers(3, 200, num)
+
+    def side() -> list[RowResult]:
+        losses, answers = (hard * draw.lognormal(0, 0.2, num) * counts for _ in range(2))
+        return _rows(num, loss=losses, count=counts, answers=answers, agreed=draw.binomial(counts, 0.7))
+
+    return [side(), side()]
+
+
 def classes(draw: Draw, num: int, size: int = 2) -> Sides:
     names = np.array([f"c{i}" for i in range(size)])
     right, hard = draw.integers(0, size, num), draw.normal(0, 0.5, num)
@@ -157,5 +167,5 @@ def graded(draw: Draw, num: int) -> Sides:
 KINDS: Mapping[str, Callable[[Draw, int], Sides]] = {
     "tokens": tokens, "classes": classes, "four classes": lambda draw, num: classes(draw, num, 4), "sets": sets,
     "numbers": numbers, "tags": tags, "pairs": pairs, "answers": answers, "rewards": rewards, "ranks": ranks,
-    "similarities": similarities, "graded": graded,
+    "similarities": similarities, "graded": graded, "taught": taught,
 }  # fmt: skip

@@ -37,7 +37,7 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
     setup = prepared(tmp_path, kind, data)
     asked: list[list[int]] = []
 
-    def answer(self: AnswerWriter, prompts: Sequence[Sequence[int]], *_: Any) -> list[GeneratedAnswer]:
+    def answer(self: AnswerWriter, prompts: Sequence[Sequence[int]], *_: Any, **how: Any) -> list[GeneratedAnswer]:
         asked.extend(list(prompt) for prompt in prompts)
         return [GeneratedAnswer("x", stopped=True) for _ in prompts]
 

@@ -171,7 +171,7 @@ def test_a_run_that_began_before_an_option_was_there_is_resumed(tmp_path, monkey
         patch.setattr(
             preparing,
             "_identity",
-            lambda *args: {key: value for key, value in right(*args).items() if not key.endswith(later)},
+            lambda *args, **how: {key: value for key, value in right(*args, **how).items() if not key.endswith(later)},
         )
         run = stopped(straight.recipe(), tmp_path / "runs", 3)
     found, expected = ([e.values for e in one.events() if e.kind == "step"] for one in (resume(run), straight))

@@ -28,6 +28,7 @@ EXTRAS = {
     "jobs": ("alembic limits python_multipart standardwebhooks", "fine-tuning jobs on the server"),
     "postgres": ("psycopg", "jobs kept in PostgreSQL"),
     "excel": ("openpyxl", "rows in Excel files"),
+    "images": ("PIL", "images in chats"),
     "cloud": ("s3fs gcsfs", "data by address, s3:// and gs://"),
     "tensorboard": ("tensorboard", "runs in TensorBoard"),
     "wandb": ("wandb", "runs in Weights & Biases"),

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.environment import install_command
 from tunesmith.errors import DataError
 from tunesmith.types import ImageRef
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from tunesmith.recipe.schema import Limits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-INSTALL = "Install it: pip install 'tunesmith[images]'."
 _DATA_URI = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _KINDS = (
@@ -158,7 +158,8 @@ def _opened(content: bytes) -> Iterator[Image]:
         from PIL import Image as pillow
         from PIL import UnidentifiedImageError
     except ImportError as error:
-        raise DataError(f"rows have images, and the package Pillow is needed to read them. {INSTALL}") from error
+        way = f"Install it with: {install_command('images')}."
+        raise DataError(f"rows have images, and the package Pillow is needed to read them. {way}") from error
     # Our bound of pixels is smaller than Pillow's, which warns before we have seen the size.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -259,7 +259,7 @@ class ChatBody(SampledBody):
             raise RequestError(message, code="image_address", param="messages")
         return GenerationRequest(
             messages=tuple({"role": part.role, "content": part.text, **part.fields} for part in parts),
-            images=[(i, place, b64encode(image.data).decode()) for i, place, image in images],
+            images=tuple((i, place, b64encode(image.data).decode()) for i, place, image in images),
             tools=tools if self.tool_choice == "auto" else (),
             max_tokens=self.max_completion_tokens or self.max_tokens,
             json_schema=self.response_format.wanted,
