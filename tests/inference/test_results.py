@@ -123,7 +123,7 @@ def test_an_expression_that_could_take_forever_is_refused(pattern: str) -> None:
         check_patterns({"rank_pattern": {pattern: 2}})
 
 
-@pytest.mark.parametrize("name", ["evaluation", "exports", "checkpoints", "rows"])
+@pytest.mark.parametrize("name", ["evaluation", "exports", "checkpoints", "rows", "rollouts"])
 def test_a_folder_of_a_run_that_is_a_link_is_refused(run: Run, tmp_path: Path, name: str) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

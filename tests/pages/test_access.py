@@ -147,7 +147,8 @@ def test_a_page_of_another_port_starts_nothing_by_reading(tmp_path: Path) -> Non
     elsewhere = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}
     assert client.get("/v1/checks", params={"file": "rows.jsonl"}, headers=elsewhere).status_code == 403
     follows = {**elsewhere, "Sec-Fetch-Mode": "navigate"}
-    assert client.get("/ui/new", headers=follows).status_code == 403
+    for page in ("/ui/new", "/ui/compare?run=a-1&run=b-2"):
+        assert client.get(page, headers=follows).status_code == 403
     assert client.get("/ui/", headers=follows).status_code == 200
     assert client.get("/ui/new", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 

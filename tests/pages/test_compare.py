@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import pytest
 from starlette.testclient import TestClient
@@ -129,3 +130,11 @@ def test_runs_are_chosen_from_the_list(client: TestClient) -> None:
     assert "Which setting did it?" in page
     assert '<option value="second-0002">' in page
     assert '<option value="first-0001">' not in page
+
+
+def test_a_run_that_is_left_out_leaves_all_others(client: TestClient) -> None:
+    names = ["first-0001", "second-0002", THIRD]
+    page = unescape(client.get(f"/ui/compare?{urlencode({'run': names}, doseq=True)}").text)
+    for name in names:
+        rest = [("run", other) for other in names if other != name]
+        assert f'href="/ui/compare?{urlencode(rest, quote_via=quote)}" aria-label="Leave {name} out"' in page

@@ -17,7 +17,7 @@ from evaluation.fake_runs import HOSTILE, fake_run
 from pages.sites import OWN, Elements, app_of, assert_no_foreign_element, entered, load_fake, run_of, site_in
 from serve.running import wait_for
 from tunesmith.pages.exports import exports_of
-from tunesmith.pages.site import Site
+from tunesmith.pages.site import Site, curl
 from tunesmith.runs.atomic import to_json
 from tunesmith.types import Event
 
@@ -95,10 +95,23 @@ def test_an_export_that_fails_says_why(site: Site, monkeypatch: pytest.MonkeyPat
         folder = run.path / "exports" / f"odd-{number}"
         folder.mkdir()
         (folder / "verify.json").write_text(text)
+    for number, text in enumerate(("[1]", '{"kind": "error", "problems": [1]}', '"a"')):
+        (run.path / "exports" / f".strange-{number}.output").write_text(text)
     assert client.get("/ui/runs/done-0001").status_code == 200
     fake_run(site.root / "half-0002")
     assert client.post("/v1/runs/half-0002/exports", json={"to": "merged"}, headers=OWN).status_code == 409
     assert 'id="export"' not in client.get("/ui/runs/half-0002").text
+
+
+@pytest.mark.parametrize("what", ["lock", "output", "said"])
+def test_an_export_writes_through_no_link(site: Site, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    export_by(monkeypatch, "1")
+    precious, folder = site.root / "precious", run_of(site, "done-0001").path / "exports"
+    precious.write_text("mine")
+    folder.mkdir(exist_ok=True)
+    (folder / f".merged.{what}").symlink_to(precious)
+    refused = entered(site).post("/v1/runs/done-0001/exports", json={"to": "merged"}, headers=OWN)
+    assert (refused.status_code, precious.read_text()) == (507, "mine")
 
 
 @pytest.mark.parametrize(("name", "route", "body"), [
@@ -120,6 +133,19 @@ def test_a_served_run_shows_a_line_that_asks_it(site: Site, name: str, route: st
         assert program.post(route, json=sent, headers=wrong).status_code == 401
     if name == "support":
         assert program.post(route, json=sent, headers=heads).status_code == 200, "the key needs no page"
+        assert program.get("/v1/models/support", headers=heads).status_code == 200
+    for method, path in (("GET", "/v1/runs"), ("POST", "/v1/runs"), ("POST", "/v1/keys"), ("GET", "/ui/")):
+        assert program.request(method, path, json={}, headers=heads).status_code == 403, "it asks, and does no more"
+    program.cookies.set("tunesmith-8000", key)
+    assert program.get("/v1/runs").status_code == 401, "a key is no session"
+    (site.root / ".ui" / "sessions.json").unlink()
+    assert program.post(route, json=sent, headers=heads).status_code == 401
+
+
+def test_a_reranker_is_asked_to_rank() -> None:
+    words = shlex.split(curl("http://127.0.0.1:8000/", {"name": "r", "answers": "labels", "task": "rank"}))
+    sent = json.loads(words[words.index("-d") + 1])
+    assert (words[1], sent) == ("http://127.0.0.1:8000/v1/rerank", {"model": "r", "query": "…", "documents": ["…"]})
 
 
 def test_a_served_run_stays_until_it_is_unloaded(site: Site) -> None:
@@ -128,6 +154,8 @@ def test_a_served_run_stays_until_it_is_unloaded(site: Site) -> None:
     body = {"run": "done-0001", "stays": True}
     assert client.post("/v1/deployments", json=body, headers=OWN).json()["stays"] is True
     assert "until you unload it" in client.get("/ui/runs/done-0001").text
+    assert "is kept loaded for programs" in client.get("/ui/chat?run=another").text
+    assert "is kept loaded for programs" not in client.get("/ui/chat?run=done-0001").text
     closed: list[float] = []
 
     async def close(grace_s: float) -> None:
@@ -136,6 +164,7 @@ def test_a_served_run_stays_until_it_is_unloaded(site: Site) -> None:
     engine: Any = site.engine._engine
     engine.close = close
     assert client.delete("/v1/deployments", headers=OWN | {"X-Tunesmith": "1"}).json()["state"] == "none"
+    assert client.get("/v1/deployments").json()["stays"] is False
     assert closed == [0]
     assert "curl" not in Elements(client.get("/ui/runs/done-0001").text).text
 

@@ -117,3 +117,14 @@ def test_a_folder_that_cannot_be_written_can_be_read(run):
             pass
     finally:
         os.chmod(run.path, 0o755)
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "grades.jsonl", "rollouts"])
+def test_a_run_with_a_link_in_the_place_of_what_grows_is_not_written_to(run: Run, tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("half a line")
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(precious)
+    with pytest.raises(RunError, match=f"{name}: a link to"), run.lock():
+        pass
+    assert precious.read_text() == "half a line"

@@ -51,8 +51,8 @@ class ChildProcess:
         with suppress(OSError, ValueError), open(_beside(self.run, "output"), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - MOST_LAST))  # a run prints every event
             last = file.read().strip().rpartition(b"\n")[2]
-            message: JsonObject = orjson.loads(last)
-            return message
+            message = orjson.loads(last)
+            return message if isinstance(message, dict) else None
         return None
 
     def says(self) -> str:
@@ -100,12 +100,12 @@ def start_child(
     """Start a module with its arguments, known by files next to `run`, and with `room` bytes of the
     disk for what it prints, so that a full disk is met before it works. `says`: what it says on
     stderr is kept too. Raises OSError."""
-    lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
+    lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)  # the id of an earlier child may belong to another process by now
         errors = _beside(run, "said") if says else Path(os.devnull)
-        with open(_beside(run, "output"), "wb", buffering=0) as out, open(errors, "wb") as err:
+        with open(_beside(run, "output"), "wb", 0, opener=_no_link) as out, open(errors, "wb", opener=_no_link) as err:
             out.write(b"\n" * room)
             out.seek(0)
             popen = subprocess.Popen(
@@ -117,6 +117,11 @@ def start_child(
     finally:
         os.close(lock)
     return ChildProcess(run, popen)
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file to write, and no link: those of exports are in run folders, which a stranger may have packed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _beside(run: Path, what: str) -> Path:

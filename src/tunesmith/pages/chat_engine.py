@@ -43,8 +43,9 @@ class ChatEngine:
         is_loading = self._task is not None and not self._task.done()
         state = "loading" if is_loading else "ready" if self._engine else "failed" if self.error else "none"
         keys = ("name", "is_base", "answers", "task", "max_tokens")
+        stays = self.stays and self.target != ""
         models = [{key: getattr(card, key) for key in keys} for card in self.served]
-        return {"target": self.target, "state": state, "error": self.error, "stays": self.stays, "models": models}
+        return {"target": self.target, "state": state, "error": self.error, "stays": stays, "models": models}
 
     async def load(self, target: str, *, stays: bool = False) -> None:
         """Begin to load a run with its base, in place of what is loaded. `stays`: it

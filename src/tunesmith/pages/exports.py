@@ -68,7 +68,7 @@ def _export(run: Run, place: Path) -> JsonObject:
     child = ChildProcess(place)
     row: JsonObject = {"name": place.name, "path": str(place), "progress": child.says(), "check": None, "bytes": 0}
     printed = child.printed() or {}
-    error = printed if printed.get("kind") == "error" else None
+    error = {"message": "", **printed, "problems": []} if printed.get("kind") == "error" else None
     with suppress(*UNREADABLE):
         row["check"] = _proof(run.read_json(f"exports/{place.name}/{CHECK_FILE}"))
         row["bytes"] = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())

@@ -212,13 +212,13 @@ def _add_comparison(router: APIRouter, site: Site) -> None:
         names = list(dict.fromkeys(request.query_params.getlist("run")))
         done = [name for name in site.run_list.with_results() if name not in names]
         more: dict[str, Any] = {"names": names, "done": done, "reply": None, "picture": "", "letters": LETTERS}
-        words = ["compare", *(str(site.root / name) for name in names)] if names else ["compare", "RUN", "RUN"]
+        words = ["compare", *([str(site.root / name) for name in names] or ["RUN", "RUN"])]
         as_json = f"/v1/comparisons?{urlencode({'run': names}, doseq=True)}" if len(names) > 1 else "/v1/runs"
         if len(names) > 1:
             more["reply"] = answer_values(site.compare(names))
             drawn = ((letter, _drawable(site, name)) for letter, name in zip(LETTERS, names, strict=False))
             more["picture"] = curves([(letter, values) for letter, values in drawn if values])
-        place = partial(row_address, site.files.places() if more["reply"] else {})
+        place = partial(row_address, site.files.places() if (more["reply"] or {}).get("state") == "done" else {})
         return page(request, "compare.html", place=place, as_command=command(*words), **more, **_common(as_json))
 
 

@@ -81,8 +81,7 @@ class Site:
         return self.commands.ask(RESULT_PROCESS, words, [run.report_path, run.events_path])
 
     def compare(self, names: Sequence[str]) -> Reply:
-        """The answer of `tunesmith compare` on runs by name. Raises RequestError for
-        fewer than two, or too many."""
+        """The answer of `tunesmith compare` on 2 to 8 runs by name. Raises RequestError for another number."""
         if not 2 <= len(names) <= MOST_COMPARED:
             raise RequestError(f"run: {len(names)} runs: name 2 to {MOST_COMPARED}.", param="run")
         runs = [self.find(name) for name in names]
@@ -112,13 +111,14 @@ ASKED: dict[str, tuple[str, JsonObject]] = {
     "text": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "…"}]}),
     "labels": ("/v1/classify", {"input": ["…"]}),
     "embeddings": ("/v1/embeddings", {"input": ["…"]}),
+    "ranks": ("/v1/rerank", {"query": "…", "documents": ["…"]}),
 }
-"""Route and body of a question, by what a model answers with."""
+"""Route and body of a question, by what a model answers with; "ranks" for one of task rank."""
 
 
 def curl(url: str, model: Record) -> str:
     """A line to paste into a shell that asks a loaded model; the key is to be put in."""
-    route, body = ASKED[model["answers"]]
+    route, body = ASKED["ranks" if model["task"] == "rank" else model["answers"]]
     heads = ["-H", "Authorization: Bearer YOUR-KEY", "-H", "Content-Type: application/json"]
     words = json.dumps({"model": model["name"], **body}, ensure_ascii=False)
     return shlex.join(["curl", url.rstrip("/") + route, *heads, "-d", words])

@@ -49,9 +49,9 @@ State = Literal["new", "running", "stopped", "failed", "done", "interrupted"]
 RESULT = "result.json"
 _OWN = (
     "evaluation", "checkpoints", "snapshots", "rows", "rows/train", "rows/held_out", "exports", "merged", "tracking",
-    "tensorboard",
+    "tensorboard", "rollouts", "events.jsonl", "grades.jsonl",
 )  # fmt: skip
-"""Folders of a run that are written to."""
+"""Folders of a run that are written to, and files that grow; others are replaced."""
 
 _LOCK_PATIENCE_S = 1.0  # `state` looks at the lock for an instant: that must not turn a writer away
 
@@ -257,13 +257,13 @@ class Run:
             lock.release()
 
     def refuse_links(self) -> None:
-        """Raise RunError if a folder of the run is a link: files would be written elsewhere."""
+        """Raise RunError if a folder or log of the run is a link: it would be written elsewhere."""
         for name in _OWN:
             path = self.path / name
             if path.is_symlink():
                 raise RunError(
-                    f"{path}: a link to {os.readlink(path)}: a run writes into its own folder alone. Put a "
-                    "folder in its place."
+                    f"{path}: a link to {os.readlink(path)}: a run writes into its own folder alone. Put what it "
+                    "leads to in its place."
                 )
 
     def result(self) -> Path:

@@ -32,8 +32,12 @@ OPEN = ("/ui/open", "/ui/login")
 """Paths that need no session: they lead to one."""
 ASSETS = "/ui/static/"
 READING = ("GET", "HEAD")
-WORKING = ("/v1/", "/ui/new", "/ui/data")
+WORKING = ("/v1/", "/ui/new", "/ui/data", "/ui/compare")
 """Paths that start processes though they are read: a page of another port leads to none."""
+ASKING = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/v1/classify", "/v1/models")
+"""Paths that a key for a program opens: it asks the loaded model, and does nothing else."""
+KEY = "key "
+"""Stands in front of the digest of such a key."""
 
 
 def _digest(text: str) -> str:
@@ -98,15 +102,16 @@ class Access:
         return self._new_session()
 
     def new_key(self) -> str:
-        """A key for a program, good as long as a session, which it is: it is sent as
-        `Authorization: Bearer KEY`."""
-        return self._new_session()
+        """A key for a program that asks the loaded model, good as long as a session: it is
+        sent as `Authorization: Bearer KEY`."""
+        return self._new_session(KEY)
 
-    def _new_session(self) -> str:
+    def _new_session(self, kind: str = "") -> str:
         self._read()  # another server may have added some
         token, now = secrets.token_urlsafe(32), time.time()
         alive = sorted(self._sessions.items(), key=lambda item: -item[1])[: MOST_SESSIONS - 1]
-        self._sessions = {name: since for name, since in alive if now - since < SESSION_S} | {_digest(token): now}
+        self._sessions = {name: since for name, since in alive if now - since < SESSION_S}
+        self._sessions[kind + _digest(token)] = now
         with suppress(StorageError, OSError):  # it lives as long as this server then
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.file, to_json(self._sessions))
@@ -121,8 +126,11 @@ class Access:
         if self.keys is not None and self.keys.accepts(headers.get(b"authorization")):
             return ""
         scheme, _, bearer = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        if bearer and scheme.lower() == "bearer" and self._is_session(bearer.strip()):
-            return ""  # no browser sends it by itself
+        if bearer and scheme.lower() == "bearer" and self._is_session(bearer.strip(), KEY):
+            if path in ASKING or path.startswith("/v1/models/"):
+                return ""  # no browser sends it by itself
+            message = "This key asks the loaded model and does nothing else. Other routes take a key of --key-file."
+            raise RequestError(message, status=403, code="key_not_allowed")
         cookies = cookie_parser(headers.get(b"cookie", b"").decode("latin-1"))
         if not self._is_session(cookies.get(self.cookie, "")):
             raise wrong_key("This server needs a session: open the link that `tunesmith ui` printed, or give a key.")
@@ -132,9 +140,9 @@ class Access:
             _refuse_foreign(headers)
         return ""
 
-    def _is_session(self, token: str) -> bool:
+    def _is_session(self, token: str, kind: str = "") -> bool:
         self._read()
-        digest, now = _digest(token), time.time()
+        digest, now = kind + _digest(token), time.time()
         return any(now - at < SESSION_S and hmac.compare_digest(name, digest) for name, at in self._sessions.items())
 
 
