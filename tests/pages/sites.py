@@ -143,7 +143,7 @@ def put_states(root: Path) -> None:
     (root / "log-0006" / "events.jsonl").write_text('{"kind":"start","step":0,"time":0,"values":{}}\n{"kind":<b>\n')
     (root / "lacking-0007" / "events.jsonl").write_text('{"kind":"step","step":1,"time":0,"values":{"loss":1}}\n')
     (root / "made-0008" / "run.json").write_text("[<script>")
-    (root / ".resumed-0009.output").write_bytes(
+    (root / ".begun-0009.output").write_bytes(
         json.dumps({"kind": "error", "code": "DataError", "message": HOSTILE[0], "problems": []}).encode()
     )
 

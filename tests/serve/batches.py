@@ -102,7 +102,7 @@ def job(key: int, prompt: Sequence[int], **how: Any) -> PreparedRequest:
 class Heard:
     """What was told of one ask."""
 
-    begun: int | None = None
+    started: int | None = None
     texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
     pieces: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     tokens: dict[int, list[Token]] = field(default_factory=lambda: defaultdict(list))
@@ -111,8 +111,8 @@ class Heard:
 
     def hear(self, told: Any) -> None:
         if isinstance(told, Started):
-            assert self.resumed is None
-            self.resumed = told.prompt_tokens
+            assert self.started is None
+            self.started = told.prompt_tokens
         elif isinstance(told, Delta):
             assert told.index not in self.ended
             self.texts[told.index] += told.text

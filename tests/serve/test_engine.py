@@ -100,7 +100,7 @@ def test_greedy_answers_at_once_are_those_of_generation(asked: Asked, root: Path
 def test_pieces_end_and_counts(asked: Asked) -> None:
     found = asked.answer(says("first", "hello", n=2, temperature=1.0, seed=3, logprobs=2, max_tokens=5))
     assert sorted(found.ended) == [0, 1]
-    assert found.resumed is not None
+    assert found.started is not None
     for index, ended in found.ended.items():
         assert 1 <= ended.completion_tokens <= 5
         assert len(found.tokens[index]) in (ended.completion_tokens, ended.completion_tokens - 1)
@@ -111,7 +111,7 @@ def test_pieces_end_and_counts(asked: Asked) -> None:
     again = asked.answer(says("first", "hello", n=2, temperature=1.0, seed=3, max_tokens=5))
     after = asked.engine.state()
     assert again.texts == found.texts
-    assert after.prompt_tokens - before.prompt_tokens == found.resumed
+    assert after.prompt_tokens - before.prompt_tokens == found.started
     assert after.completion_tokens - before.completion_tokens == sum(e.completion_tokens for e in found.ended.values())
     assert (after.running, after.waiting) == (0, 0)
 
@@ -146,8 +146,8 @@ def test_an_unknown_model_is_refused(asked: Asked) -> None:
 
 def test_a_raw_prompt_is_gone_on_with_as_it_stands(asked: Asked) -> None:
     text = asked.answer(GenerationRequest("first", prompt="hello there", temperature=0.0, max_tokens=4))
-    assert text.resumed is not None
-    assert text.resumed < 8  # no template around it
+    assert text.started is not None
+    assert text.started < 8  # no template around it
 
 
 def test_an_answer_in_json_is_json(asked: Asked) -> None:

@@ -65,7 +65,7 @@ def assert_ragged_answers_are_those_alone(arch: str, make: Callable[[str], Any],
         hear(batch.step(), heard)
     for key, (adapter, prompt, most) in asked.items():
         if key not in gone:
-            assert heard[key].resumed == len(prompt)
+            assert heard[key].started == len(prompt)
             assert heard[key].answer() == alone(arch, adapter, prompt, most), (key, adapter)
     assert len({heard[key].texts[0] for key in asked}) > len(asked) // 2
     assert batch.running == 0
