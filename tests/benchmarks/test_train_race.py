@@ -177,9 +177,9 @@ def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_failure_stands_on_the_page(tmp_path: Path) -> None:
     child = replace(CHILD, code=1, tail="out of memory")
-    failed = told(turn("TRL, tuned", 0, 0.0), child, tmp_path / "nothing", resumed=0.0)
+    failed = told(turn("TRL, tuned", 0, 0.0), child, tmp_path / "nothing", begun=0.0)
     assert failed.error == "exit code 1\nout of memory"
-    empty = told(turn("TRL, tuned", 1, 0.0), CHILD, tmp_path / "nothing", resumed=0.0)
+    empty = told(turn("TRL, tuned", 1, 0.0), CHILD, tmp_path / "nothing", begun=0.0)
     assert empty.error.startswith("what it left cannot be used: FileNotFoundError")
     text = page("command", [turn(OURS, 0, 10.0), failed], {"chat": {"rows": 8, "tokens": 50.0, "targets": 9.0}})
     assert "0 of 1: the others failed" in text

@@ -25,10 +25,10 @@ class Clock:
     """Prints how long it has been since the command was typed."""
 
     def __init__(self) -> None:
-        self.resumed = time.monotonic()
+        self.began = time.monotonic()
 
     def say(self, what: str) -> None:
-        print(f"{time.monotonic() - self.resumed:6.1f} s  {what}")
+        print(f"{time.monotonic() - self.began:6.1f} s  {what}")
 
 
 def tune(page: Any, clock: Clock) -> None:
