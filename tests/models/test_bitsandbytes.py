@@ -25,7 +25,8 @@ bitsandbytes.optim.AdamW8bit
 """
 
 
-@pytest.mark.parametrize("whose", ["ours", pytest.param("theirs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
 def test_no_code_is_looked_for_on_the_hub(tmp_path: Path, whose: str) -> None:
     """By the package `kernels`, which downloads and runs compiled code. Without our import it is."""
     pytest.importorskip("bitsandbytes", reason="needs the extra tunesmith[bitsandbytes]")

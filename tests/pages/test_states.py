@@ -276,7 +276,7 @@ def test_numbers_of_a_run_and_its_result_are_those_of_the_command(
 
 
 def test_a_line_for_a_shell_holds_any_name() -> None:
-    words = curl("http://127.0.0.1:8000/", {"name": "it's `odd` $(name)", "answers": "embeddings"})
+    words = curl("http://127.0.0.1:8000/", {"name": "it's `odd` $(name)", "task": "embed", "answers": "embeddings"})
     assert words.startswith("curl http://127.0.0.1:8000/v1/embeddings -H 'Authorization: Bearer YOUR-KEY'")
     assert "'\"'\"'" in words
 
