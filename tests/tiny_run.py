@@ -84,6 +84,13 @@ def tiny_recipe(folder: Path, *, arch: str = "llama", rows: int = 18, dropout: f
     return validate(data)
 
 
+def logits_of(speaker: Any) -> torch.Tensor:
+    """[1, 20, V] of a loaded model for the first twenty tokens."""
+    with torch.no_grad():
+        logits: torch.Tensor = speaker.model(torch.arange(20)[None]).logits
+    return logits
+
+
 TOLD_AGAIN = {"resume", "stopped", "note", "failed", "checkpoint"}
 """Events of a run's own history, not of what it computed."""
 

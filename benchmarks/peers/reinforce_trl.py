@@ -18,8 +18,9 @@ from datasets import Dataset
 from given_rows import run, versions
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
+from trl_steps import StepLog
 
 LOSSES = {"tokens": "dapo", "answers": "grpo", "constant": "dr_grpo"}
 """Divisor → TRL's name of the loss that has it."""
@@ -110,25 +111,6 @@ def _logps(trainer: GRPOTrainer, model: Any, inputs: dict[str, torch.Tensor]) ->
     return trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].shape[1])[0]
 
 
-class _Clock(TrainerCallback):  # type: ignore[misc]
-    """When each step ended, and its mean reward."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.rewards: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        if not self.ends:
-            self.ends.append(time.time())
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.time())
-
-    def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
-        if logs and "reward" in logs:
-            self.rewards.append(float(logs["reward"]))
-
-
 def _train(job: dict[str, Any]) -> dict[str, Any]:
     """RESULT.json: {"seconds" and "rewards" of each step, "adapter"}."""
     spec = importlib.util.spec_from_file_location("grader", job["grader"])
@@ -148,7 +130,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
         if list(ids) != row["ids"]:
             raise ValueError(f"TRL would read other ids than ours: {row['messages']}")
-    clock, of_step = _Clock(), job["rows_per_step"] * job["samples"]
+    clock, of_step = StepLog("reward"), job["rows_per_step"] * job["samples"]
     begun = time.time()
     arguments = _arguments(
         job, per_device_train_batch_size=job["rows_per_pass"], max_steps=job["steps"], seed=job["seed"],
@@ -169,7 +151,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
     trainer.model.save_pretrained(adapter)
     ends = clock.ends or [begun]
     seconds = [after - before for before, after in pairwise(ends)]
-    return {"seconds": seconds, "rewards": clock.rewards, "adapter": adapter}
+    return {"seconds": seconds, "rewards": clock.values, "adapter": adapter}
 
 
 if __name__ == "__main__":

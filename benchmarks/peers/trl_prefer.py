@@ -5,7 +5,6 @@ python trl_prefer.py JOB.json RESULT.json
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from datasets import Dataset
 from given_rows import run, versions
 from peft import PeftModel
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
+from trl_steps import StepLog
 
 
 class GivenIds(DPOTrainer):  # type: ignore[misc]
@@ -25,25 +25,6 @@ class GivenIds(DPOTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return SequentialSampler(self.train_dataset)
-
-
-class Notes(TrainerCallback):  # type: ignore[misc]
-    """When each step ended, and its loss."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.losses: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        if not self.ends:
-            self.ends.append(time.time())
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.time())
-
-    def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
 
 
 def logps(model: Any, pairs: list[dict[str, list[int]]]) -> list[list[float]]:
@@ -63,7 +44,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["precision"]))
     model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
-    notes = Notes()
+    notes = StepLog("loss")
     arguments = DPOConfig(
         output_dir=job["folder"], beta=job["beta"], learning_rate=job["lr"], lr_scheduler_type="constant",
         per_device_train_batch_size=job["pairs_per_batch"], max_steps=job["steps"], max_length=None,
@@ -92,7 +73,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     model.set_adapter("ours")
     held_out["ours"] = logps(model, job["held_out"])
     of = versions("torch", "transformers", "trl", "peft")
-    return {"losses": notes.losses, "seconds": seconds, "held_out": held_out, "versions": of}
+    return {"losses": notes.values, "seconds": seconds, "held_out": held_out, "versions": of}
 
 
 if __name__ == "__main__":

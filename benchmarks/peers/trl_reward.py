@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
-from trl_prefer import Notes
+from trl_steps import StepLog
 
 
 class GivenIds(RewardTrainer):  # type: ignore[misc]
@@ -56,7 +56,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     with_token_types(base, tokenizer)
     model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
-    notes = Notes()
+    notes = StepLog("loss")
     arguments = RewardConfig(
         output_dir=job["folder"], learning_rate=job["lr"], lr_scheduler_type="constant",
         center_rewards_coefficient=job["center"], max_length=None, max_grad_norm=1.0, logging_steps=1,
@@ -79,7 +79,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     model.set_adapter("ours")
     found["ours"] = margins(model, job["held_out"])
     of = versions("torch", "transformers", "trl", "peft")
-    return {"losses": notes.losses, "seconds": seconds, "margins": found, "versions": of}
+    return {"losses": notes.values, "seconds": seconds, "margins": found, "versions": of}
 
 
 if __name__ == "__main__":

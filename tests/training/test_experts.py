@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from export.exports import quick
-from tiny_run import same_run, stop_at, tiny_recipe
+from tiny_run import logits_of, same_run, stop_at, tiny_recipe
 from tunesmith.errors import Stopped
 from tunesmith.export.export_run import export_run
-from tunesmith.inference.load import LoadedModel, load_run
+from tunesmith.inference.load import load_run
 from tunesmith.models.quantized_experts import QuantizedExperts
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import resume, train
@@ -28,12 +26,6 @@ def recipe_in(folder: Path, name: str = "lora"):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("experts")
     return train(recipe_in(folder), root=folder / "runs")
-
-
-def answers(speaker: LoadedModel) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = speaker.model(torch.arange(20)[None]).logits
-    return logits
 
 
 def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
@@ -72,7 +64,7 @@ def test_a_run_on_packed_experts_answers_and_resumes(tmp_path: Path) -> None:
     done = train(recipe_in(tmp_path, "qlora"), root=tmp_path / "runs")
     live = load_run(done)
     assert any(isinstance(module, QuantizedExperts) for module in live.model.modules())
-    assert answers(live).isfinite().all()
+    assert logits_of(live).isfinite().all()
     with pytest.raises(Stopped):
         train(done.recipe(), out=tmp_path / "stopped", listener=stop_at(3))
     same_run(resume(Run.open(str(tmp_path / "stopped"), tmp_path)), done)

@@ -4,14 +4,13 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from torch import Tensor
 
 from export.exports import quick
 from serve.engines import OPTIONS
-from tiny_run import same_run, stop_at, tiny_recipe
+from tiny_run import logits_of, same_run, stop_at, tiny_recipe
 from tunesmith.errors import InputError, Stopped
 from tunesmith.export.export_run import export_run
-from tunesmith.inference.load import LoadedModel, load_base, load_run
+from tunesmith.inference.load import load_base, load_run
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.runs.folder import Run
 from tunesmith.serve.registry import open_registry
@@ -23,12 +22,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("qlora")
     method = {"name": "qlora", "rank": 4, "alpha": 8, "dropout": 0.1}
     return train(tiny_recipe(folder, dropout=0.1, method=method), root=folder / "runs")
-
-
-def answers(speaker: LoadedModel) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = speaker.model(torch.arange(20)[None]).logits
-    return logits
 
 
 def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
@@ -54,9 +47,9 @@ def test_a_run_answers_from_the_base_that_it_was_trained_on(finished: Run) -> No
     live, on_plain = load_run(finished), load_run(finished, as_trained=False)
     assert any(isinstance(module, QuantizedLinear) for module in live.model.modules())
     assert not any(isinstance(module, QuantizedLinear) for module in on_plain.model.modules())
-    assert not torch.equal(answers(live), answers(on_plain))
+    assert not torch.equal(logits_of(live), logits_of(on_plain))
     with live.adapter_disabled():
-        assert torch.equal(answers(live), answers(load_base(finished)))
+        assert torch.equal(logits_of(live), logits_of(load_base(finished)))
 
 
 def test_an_export_uses_the_original_base_and_says_the_change_of_loss(

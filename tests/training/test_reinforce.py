@@ -218,7 +218,7 @@ def test_answers_that_teach_nothing_keep_their_share_of_the_divisor(setup):  # t
     whole = setup.drawing.everything(setup, flat)
     for i in range(len(whole.store)):
         whole.store.row(i).values_NC[:, 0] = advantages.get(str(whole.store.source(i)), 0.0)
-    whole = setup.drawing._over(setup, AnswerStore(whole.store.rows, float(tokens)))
+    whole = draws.over_answers(setup, AnswerStore(whole.store.rows, float(tokens)), shares=setup.drawing.shares)
     (loss, grads), (other, others) = gradients(setup, view), gradients(setup, whole)
     assert other == pytest.approx(loss, abs=1e-6)
     assert all(torch.allclose(others[name], grad, atol=1e-6, rtol=1e-4) for name, grad in grads.items())

@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import threading
-import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,6 +99,8 @@ def _serve(site: Site, bound: BoundSocket, names: frozenset[str], output: Server
         _say(bound, link, output)
         door = site.root / ".ui" / "open.html"
         if opens_browser:
+            import webbrowser
+
             address = door_to(link, door)  # some browsers are waited for
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         try:

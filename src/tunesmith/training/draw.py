@@ -275,7 +275,7 @@ class Drawing:
         learnt = [entry for entry in worth if entry[2] != 0 or options.kl]
         learnt = learnt or [min(worth, key=lambda entry: len(entry[0].answers[entry[1]].ids))]
         store = AnswerStore([self._row(state.store, *entry) for entry in learnt], divisor(lengths, options))
-        return self._over(state, store)
+        return over_answers(state, store, shares=self.shares)
 
     def _worth(self, groups: Sequence[Group]) -> list[Worth]:
         worth: list[Worth] = []
@@ -287,31 +287,14 @@ class Drawing:
     def everything(self, state: TrainState, groups: Sequence[Group]) -> TrainState:
         """The state with all answers of these groups as its rows, whatever their grades."""
         entries = [(group, i) for group in groups for i in range(len(group.answers))]
-        return self._over(state, AnswerStore([self._row(state.store, *entry, 0.0) for entry in entries], 1.0))
+        store = AnswerStore([self._row(state.store, *entry, 0.0) for entry in entries], 1.0)
+        return over_answers(state, store, shares=self.shares)
 
     def _row(self, store: RowStore, group: Group, i: int, advantage: float) -> Row:
         numbers_NC = _numbers(group.answers[i], advantage, by_answer=self.options.normalize == "answers")
         source = store.source(group.row)
         drawn = DrawnSource(source.path, source.line, sample=i + 1)
         return answer_row(store.row(group.row).ids, group.answers[i].ids, numbers_NC, drawn)
-
-    def _over(self, state: TrainState, store: AnswerStore) -> TrainState:
-        rows_I = np.arange(len(store))
-        sampler = StepSampler(
-            rows_I=rows_I,
-            weights_I=np.ones(len(store)),
-            lengths_I=store.lengths,
-            rows_per_step=len(store),
-            tokens_per_pass=state.sampler.tokens_per_pass,
-            layout=state.sampler.layout,
-            seed=self.recipe.seed,
-            ids_of=(lambda row: store.row(row).ids) if self.shares else None,
-            pass_cost=state.sampler.pass_cost,
-            part=state.sampler.part,
-        )
-        as_rows = cast(RowStore, store)  # all that steps and batches read of one
-        collator = replace(state.collator, store=as_rows, shares=self.shares)
-        return replace(state, store=as_rows, collator=collator, sampler=sampler, draw=None)
 
     @torch.no_grad()
     def measured(self, view: TrainState) -> list[NDArray[np.float32]]:
@@ -343,6 +326,26 @@ class Drawing:
                 "reinforce.cut is drop: none is left to learn from. The update was not made. Raise the one or leave "
                 "out the other."
             )
+
+
+def over_answers(state: TrainState, store: AnswerStore, *, shares: bool) -> TrainState:
+    """The state with these answers as its rows, all of them in one step. `shares`: shared prefixes are computed
+    once."""
+    sampler = StepSampler(
+        rows_I=np.arange(len(store)),
+        weights_I=np.ones(len(store)),
+        lengths_I=store.lengths,
+        rows_per_step=len(store),
+        tokens_per_pass=state.sampler.tokens_per_pass,
+        layout=state.sampler.layout,
+        seed=state.sampler.seed,
+        ids_of=(lambda row: store.row(row).ids) if shares else None,
+        pass_cost=state.sampler.pass_cost,
+        part=state.sampler.part,
+    )
+    as_rows = cast(RowStore, store)  # all that steps and batches read of one
+    collator = replace(state.collator, store=as_rows, shares=shares)
+    return replace(state, store=as_rows, collator=collator, sampler=sampler, draw=None)
 
 
 def seeds_of(store: RowStore, rows: Sequence[int], *, seed: int, step: int) -> list[int]:

@@ -22,14 +22,13 @@ from transformers import PreTrainedModel
 from tunesmith.data.answers import AnswerStore, DrawnSource, answer_row
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.renderer import Renderer
-from tunesmith.data.sampler import StepSampler
 from tunesmith.errors import RecipeError
 from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing, refuse_undrawable
 from tunesmith.models.fused_loss import OutputLayer
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks.distil import DISTIL
 from tunesmith.tasks.distil_losses import reverse_loss_sum
-from tunesmith.training.draw import seeds_of
+from tunesmith.training.draw import over_answers, seeds_of
 from tunesmith.training.resolve import ResolvedRun
 from tunesmith.training.state import Drawn, TrainState
 from tunesmith.training.teacher import Teacher, load_teacher
@@ -79,17 +78,6 @@ class Distilling:
 
     def _view(self, state: TrainState, store: AnswerStore) -> TrainState:
         """The state with these answers as its rows, which it learns by the reverse divergence."""
-        as_rows = cast(RowStore, store)  # all that steps and batches read of one
-        sampler = StepSampler(
-            rows_I=np.arange(len(store)),
-            weights_I=np.ones(len(store)),
-            lengths_I=store.lengths,
-            rows_per_step=len(store),
-            tokens_per_pass=state.sampler.tokens_per_pass,
-            layout=state.sampler.layout,
-            seed=self.recipe.seed,
-            pass_cost=state.sampler.pass_cost,
-        )
         loss_sum = partial(
             reverse_loss_sum,
             options=self.recipe.distil,
@@ -97,14 +85,7 @@ class Distilling:
             teacher=required(self.teacher.output),
             output=self.output,
         )
-        return replace(
-            state,
-            store=as_rows,
-            collator=replace(state.collator, store=as_rows, shares=False),
-            sampler=sampler,
-            task=replace(state.task, loss_sum=loss_sum),
-            draw=None,
-        )
+        return replace(over_answers(state, store, shares=False), task=replace(state.task, loss_sum=loss_sum))
 
 
 def taught_by(
