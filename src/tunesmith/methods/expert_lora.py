@@ -54,7 +54,7 @@ class ExpertLora(nn.Module):
         return merged_EOI.add_(self.weight.mT if self.is_transposed else self.weight)
 
     def refresh(self) -> None:
-        """Nothing follows from the matrices."""
+        """Do nothing: no other tensor is computed from the matrices."""
 
 
 def usual_rank(rank: int, per_token: int) -> int:
