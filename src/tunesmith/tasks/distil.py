@@ -37,7 +37,7 @@ def _check(recipe: Recipe, located: ModelRef) -> Sequence[Choice]:
         )
     if "://" in options.teacher:
         raise RecipeError(
-            f"distil.teacher: {options.teacher}: a teacher at an address is not asked for probabilities. Name a model "
+            f"distil.teacher: {options.teacher}: a teacher at an address gives no probabilities here. Name a model "
             "on this machine; or let it write answers, and train on these by task chat; or let it grade answers as a "
             "`score_model`, by task reinforce."
         )
