@@ -1,29 +1,43 @@
-"""What a live page costs a run on the same machine: tokens a second with and without it, in turns.
+"""What a live page costs a run on the same machine: tokens a second with and without it, in turns of a few seconds.
 
-python scripts/page_cost.py MODEL DATA [--pairs 5] [--steps 30] [--browser PROGRAM]
+python scripts/page_cost.py MODEL DATA [--steps 400] [--turn 4] [--browser PROGRAM]
 
-Each pair is two runs with the same settings; every other pair begins with the page. With it: `tunesmith ui` serves,
-and a browser has the run's page open from its beginning to its end. The first steps are not counted.
+One run is trained while `tunesmith ui` serves and a browser has the run's page open. In every second turn the server and
+the browser are stopped by a signal, so that both kinds of turn meet the same rows, caches and neighbours; a machine's own
+drift over minutes would hide one per cent. Steps that lie in two turns are not counted. The script also prints the processor
+seconds that the server and the browser took, which is what they could take from a run at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 from playwright.sync_api import sync_playwright
 
-FIRST = 3
+FIRST = 5
 """Steps at the beginning that are not counted."""
+
+
+class Turn(NamedTuple):
+    """A few seconds in which the page was live, or was stopped."""
+
+    begin: float
+    end: float
+    is_live: bool
 
 
 def command(*words: object) -> list[str]:
@@ -31,8 +45,8 @@ def command(*words: object) -> list[str]:
 
 
 @contextmanager
-def page_open(root: Path, browser: str | None) -> Iterator[Any]:
-    """A tab on the list of runs of a server of its own."""
+def page_open(root: Path, browser: str | None) -> Iterator[tuple[Any, str, psutil.Process]]:
+    """A tab on the list of runs of a server of its own; the pages' address; the server's process."""
     words = command("ui", "--runs", root, "--data", root.parent, "--port", 0, "--json", "--offline")
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
@@ -43,56 +57,99 @@ def page_open(root: Path, browser: str | None) -> Iterator[Any]:
             tab = started.new_page()
             tab.goto(begun["link"])
             tab.wait_for_url("**/ui/")
-            yield lambda name: tab.goto(f"{begun['url']}/ui/runs/{name}")
+            yield tab, begun["url"], psutil.Process(server.pid)
             started.close()
     finally:
         server.terminate()
         server.wait(20)
 
 
-def speed(events: Path) -> float:
-    """Tokens a second of the steps that count."""
+def programs(server: psutil.Process) -> dict[str, list[psutil.Process]]:
+    """The processes of the server and of the browser."""
+    browser = [child for child in psutil.Process().children(recursive=True) if "chrom" in child.name()]
+    return {"server": [server, *server.children(recursive=True)], "browser": browser}
+
+
+def processor_seconds(processes: Sequence[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def turns_of(run: subprocess.Popen[bytes], processes: Sequence[psutil.Process], seconds: float) -> list[Turn]:
+    """Stop and continue the page in turns until the run ends."""
+    turns = []
+    while run.poll() is None:
+        begin, is_live = time.time(), len(turns) % 2 == 0
+        for process in processes:
+            process.resume() if is_live else process.suspend()
+        time.sleep(seconds)
+        turns.append(Turn(begin, time.time(), is_live))
+    for process in processes:
+        process.resume()
+    return turns
+
+
+def speed(turn: Turn, steps: Sequence[dict[str, Any]]) -> float | None:
+    """Tokens a second of the steps that lie within the turn; None where none does."""
+    inside = [step for step in steps if turn.begin <= step["time"] - step["timing"]["seconds"] and step["time"] <= turn.end]
+    seconds = sum(step["timing"]["seconds"] for step in inside)
+    return sum(step["values"]["tokens"] for step in inside) / seconds if inside else None
+
+
+def ratios_of(turns: Sequence[Turn], events: Path) -> list[float]:
+    """Live by stopped, for each two turns that follow each other."""
     lines = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
     steps = [line for line in lines if line["kind"] == "step"][FIRST:]
-    return float(sum(step["values"]["tokens"] for step in steps) / sum(step["timing"]["seconds"] for step in steps))
+    ratios = []
+    for turn, following in pairwise(turns):
+        speeds = {part.is_live: speed(part, steps) for part in (turn, following)}
+        if speeds[True] and speeds[False]:
+            ratios.append(speeds[True] / speeds[False])
+    return ratios
 
 
-def trained(words: Sequence[object], run: Path, *, browser: str | None, has_page: bool) -> float:
-    """The speed of one run."""
-    process = subprocess.Popen(
-        command("train", *words, "--out", run, "--json"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    if has_page:
-        with page_open(run.parent, browser) as open_run:
-            while not (run / "run.json").exists() and process.poll() is None:
-                time.sleep(0.2)
-            open_run(run.name)
-            process.wait()
-    if process.wait() != 0:
-        raise SystemExit(f"{run}: the run failed; type the same command to see why: {' '.join(map(str, words))}")
-    return speed(run / "events.jsonl")
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % interval of the median by 2,000 bootstrap samples."""
+    drawn = random.Random(0)
+    medians = sorted(statistics.median(drawn.choices(values, k=len(values))) for _ in range(2000))
+    return medians[50], medians[1949]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--turn", type=float, default=4, help="seconds")
     parser.add_argument("--browser", help="where Playwright brought none: the program")
-    given = parser.parse_args()
-    words = [given.model, given.data, "--fast", "--offline", "--set", "method.name=lora"]
-    words += ["--set", f"train.max_steps={given.steps}", "--set", "data.held_out=0.02"]
-    ratios = []
+    options = parser.parse_args()
+    words = [options.model, options.data, "--fast", "--offline", "--set", "method.name=lora", "--set", "train.rows_per_step=2"]
+    words += ["--set", f"train.max_steps={options.steps}", "--set", "data.held_out=0.02"]
     with TemporaryDirectory() as folder:
-        for pair in range(given.pairs):
-            speeds = {}
-            for has_page in ((True, False), (False, True))[pair % 2]:
-                run = Path(folder) / "runs" / f"pair-{pair}-{'with' if has_page else 'without'}"
-                speeds[has_page] = trained(words, run, browser=given.browser, has_page=has_page)
-            ratios.append(speeds[True] / speeds[False])
-            print(f"pair {pair + 1}: with {speeds[True]:.1f}, without {speeds[False]:.1f} tokens/s: {ratios[-1]:.4f}")
-    print(f"median of {given.pairs} pairs: {statistics.median(ratios):.4f} (at least 0.99 is the budget)")
+        run = Path(folder) / "runs" / "watched"
+        with page_open(run.parent, options.browser) as (tab, url, server):
+            line = command("train", *words, "--out", run, "--json")
+            process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            events = run / "events.jsonl"
+            while process.poll() is None and not (events.exists() and '"step"' in events.read_text("utf-8")):
+                time.sleep(0.2)
+            if process.poll() is not None:
+                raise SystemExit(f"the run ended before its first step. Type it to see why: {shlex.join(line)}")
+            answer = tab.goto(f"{url}/ui/runs/{run.name}")
+            if answer.status != 200:
+                raise SystemExit(f"{answer.url}: {answer.status}, where the page of the run was expected")
+            watched = programs(server)
+            before = {name: processor_seconds(parts) for name, parts in watched.items()}
+            turns = turns_of(process, [part for parts in watched.values() for part in parts], options.turn)
+            live = sum(turn.end - turn.begin for turn in turns if turn.is_live)
+            for name, parts in watched.items():
+                taken = processor_seconds(parts) - before[name]
+                print(f"{name}: {60 * taken / live:.2f} processor seconds in a minute of a live page")
+        if process.returncode != 0:
+            raise SystemExit(f"the run failed. Type it to see why: {shlex.join(line)}")
+        ratios = ratios_of(turns, events)
+    low, high = interval(ratios)
+    median = statistics.median(ratios)
+    print(f"tokens/s with a live page by without: {median:.4f} ({low:.4f} to {high:.4f}, {len(ratios)} pairs of turns)")
     return 0
 
 
