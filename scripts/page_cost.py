@@ -1,11 +1,12 @@
 """What a live page costs a run on the same machine: tokens a second with and without it, in turns of a few seconds.
 
-python scripts/page_cost.py MODEL DATA [--steps 400] [--turn 4] [--browser PROGRAM]
+python scripts/page_cost.py MODEL [--steps 400] [--turn 4] [--browser PROGRAM]
 
-One run is trained while `tunesmith ui` serves and a browser has the run's page open. In every second turn the server and
-the browser are stopped by a signal, so that both kinds of turn meet the same rows, caches and neighbours; a machine's own
-drift over minutes would hide one per cent. Steps that lie in two turns are not counted. The script also prints the processor
-seconds that the server and the browser took, which is what they could take from a run at most.
+One run is trained while `tunesmith ui` serves and a browser has the run's page open. In every second turn the server
+and the browser are stopped by a signal, so that both kinds of turn meet the same caches and neighbours: a machine's own
+drift over minutes would hide one per cent. So would rows of different lengths: the rows here differ in digits alone.
+Steps that lie in two turns are not counted. The script also prints the processor seconds that the server and the
+browser took, which is the most that they could take from a run.
 """
 
 from __future__ import annotations
@@ -88,9 +89,24 @@ def turns_of(run: subprocess.Popen[bytes], processes: Sequence[psutil.Process], 
     return turns
 
 
+def equal_rows(folder: Path) -> Path:
+    """A file of 500 chats that differ in their digits alone, so that each step takes equally long."""
+    question = "How do I send back parcel {}? It came on Monday, the box was open, and one of two parts was broken."
+    answer = "Print the label for parcel {} from your orders, put both into the box, and bring it to any post office."
+    path = folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(100, 600):
+            turns = [("user", question), ("assistant", answer)]
+            row = {"messages": [{"role": role, "content": text.format(number)} for role, text in turns]}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
 def speed(turn: Turn, steps: Sequence[dict[str, Any]]) -> float | None:
     """Tokens a second of the steps that lie within the turn; None where none does."""
-    inside = [step for step in steps if turn.begin <= step["time"] - step["timing"]["seconds"] and step["time"] <= turn.end]
+    inside = [
+        step for step in steps if turn.begin <= step["time"] - step["timing"]["seconds"] and step["time"] <= turn.end
+    ]
     seconds = sum(step["timing"]["seconds"] for step in inside)
     return sum(step["values"]["tokens"] for step in inside) / seconds if inside else None
 
@@ -117,14 +133,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("data")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--turn", type=float, default=4, help="seconds")
     parser.add_argument("--browser", help="where Playwright brought none: the program")
     options = parser.parse_args()
-    words = [options.model, options.data, "--fast", "--offline", "--set", "method.name=lora", "--set", "train.rows_per_step=2"]
+    words = ["--fast", "--offline", "--set", "method.name=lora", "--set", "train.rows_per_step=2"]
     words += ["--set", f"train.max_steps={options.steps}", "--set", "data.held_out=0.02"]
     with TemporaryDirectory() as folder:
+        words[:0] = [options.model, str(equal_rows(Path(folder)))]
         run = Path(folder) / "runs" / "watched"
         with page_open(run.parent, options.browser) as (tab, url, server):
             line = command("train", *words, "--out", run, "--json")
