@@ -15,6 +15,7 @@ import pytest
 
 from serve.fake import MODELS, FakeEngine
 from serve.running import Running, running, wait_for
+from tunesmith.serve import http
 from tunesmith.serve.protocol import GenerationRequest, ModelCard, Started, StreamEvent
 from tunesmith.serve.request_schemas import ChatBody, ClassifyBody, CompletionBody
 
@@ -278,7 +279,10 @@ class Queued(FakeEngine):
         ("classify", {"model": "mood", "input": "a"}),
     ],
 )  # fmt: skip
-def test_a_client_that_goes_away_leaves_the_queue(route: str, asked: dict[str, Any]) -> None:
+def test_a_client_that_goes_away_leaves_the_queue(
+    route: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.serve.app.LEFT_CHECK_S", 0.05)
     body = json.dumps(asked).encode()
     head = f"POST /v1/{route} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with running(engine=Queued()) as server:
@@ -287,6 +291,21 @@ def test_a_client_that_goes_away_leaves_the_queue(route: str, asked: dict[str, A
             wait_for(lambda: server.engine.open == 1)
         server.wait_until_idle()
         assert [one.status for one in server.answered] == [499]
+
+
+def test_no_part_of_an_answer_waits_for_a_word_about_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer on a connection that is kept came 40 ms late."""
+    made, at_once = http.BoundedConnection.connection_made, list[int]()
+
+    def seen(connection: http.BoundedConnection, transport: asyncio.Transport) -> None:
+        made(connection, transport)
+        at_once.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(http.BoundedConnection, "connection_made", seen)
+    with running() as server:
+        assert server.ask("GET", "/v1/models")[0] == 200
+    assert at_once
+    assert all(at_once)
 
 
 @pytest.mark.parametrize("prompt", ["", [""]])

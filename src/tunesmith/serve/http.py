@@ -74,6 +74,9 @@ class BoundedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # asyncio does so for sockets whose protocol is named. Else what follows the first part of an answer, its body
+        # or a further token, waits until the client has said that it has that: up to 40 ms.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._idle_since = self.loop.time()
         if len(self.connections) > MAX_CONNECTIONS and not self._end_an_idle_one():
             self._end(503, "too_many_connections", "There are too many connections. Try again soon.")
