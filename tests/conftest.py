@@ -1,8 +1,10 @@
 """What every test may rely on: one thread, no network, no chatter of transformers (quiet.py)."""
 
 import gc
+import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
@@ -13,12 +15,19 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """`pytest -n 2` starts two processes that run tests; itself it only hands them out, and needs no torch."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each new process compiles the package anew
+    sys.dont_write_bytecode = False
     is_worker = hasattr(config, "workerinput")
     if is_worker or not getattr(config.option, "numprocesses", None):
         metadata.version = cache(metadata.version)  # before it is imported: a run asks for twenty, from files
-        import quiet  # noqa: F401
+        gc.disable()  # importing and collecting make hundreds of thousands of objects, and all of them stay
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if is_worker:  # others start it when a test needs it: a single file may need none
+            import fresh
 
-        gc.disable()  # collecting makes hundreds of thousands of objects, and all of them stay
+            fresh.fork_now()
+        import quiet  # noqa: F401
 
 
 def pytest_collection_finish() -> None:
@@ -32,8 +41,9 @@ def little_to_collect() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # so that libraries find nothing left over at the end
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # pytest looks at all objects twice: seconds, in which nothing is tested
+        gc.unfreeze()  # so that libraries find nothing left over at the end
 
 
 def draws_pages(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -73,6 +83,7 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        # Without a card, a browser would draw by a card made of software, on all cores.
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()

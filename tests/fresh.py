@@ -14,98 +14,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp
 from typing import IO
 
 import pytest
 
-SERVER = """
-import gc, json, os, runpy, select, signal, socket, sys, threading, traceback
-sys.path[:0] = json.loads(sys.argv[1])
-import tunesmith.training.trainer
-sys.imported_by_a_run = frozenset(sys.modules)  # for test_light_side.py
-import torch, transformers.models.llama.modeling_llama
-import tunesmith.inference.measure, tunesmith.evaluation.report
-import tunesmith.planning.devices
-torch.set_num_threads(1)
-os.fsync = lambda descriptor: None  # as in quiet.py, no pages, and no waiting for other programs
-tunesmith.planning.devices.BUSY_S = 0.0
-for cards in (torch.cuda, torch.xpu):
-    if not cards.is_available():
-        cards.manual_seed_all = lambda seed: None
-tunesmith.evaluation.report._write_pages = lambda *args, **kwargs: None
-gc.freeze()
+import fresh_server
 
-def run(words, cwd, env):
-    os.chdir(cwd)
-    sys.path[:] = [path for path in sys.path if path]  # "" would be this folder
-    sys.executable = env.pop("FRESH_PYTHON", sys.executable)
-    os.environ.clear()
-    os.environ.update(env)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv, code = ["-c", *words[2:]], 0
-    try:
-        if words[0] == "-m":
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        else:
-            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
-
-def end_with(fd, pid, has_ended):
-    os.read(fd, 1)
-    if not has_ended.is_set():  # else its number may be that of another process by now
-        os.kill(pid, signal.SIGKILL)
-
-requests, others = socket.socket(fileno=int(sys.argv[2])), socket.socket(fileno=int(sys.argv[3]))
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-while True:
-    is_other = requests not in select.select([requests, others], [], [])[0]
-    source = others.accept()[0] if is_other else requests
-    words, fds, *_ = socket.recv_fds(source, 1 << 20, 16)
-    if not words:
-        if is_other:
-            continue
-        break
-    if is_other:
-        fds.insert(3, source.detach())
-    if os.fork() == 0:  # one that waits for the process, and says how it ended
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        requests.close()
-        others.close()
-        pid = os.fork()
-        if pid == 0:
-            for number, fd in enumerate(fds[:3]):
-                os.dup2(fd, number)
-            for fd in fds[:4]:
-                os.close(fd)
-            run(**json.loads(words))
-        for fd in (*fds[:3], *fds[4:]):
-            os.close(fd)
-        try:
-            os.write(fds[3], f"{pid}\\n".encode())
-        except OSError:
-            os.kill(pid, signal.SIGKILL)  # who asked for it was killed
-        has_ended = threading.Event()
-        if is_other:
-            threading.Thread(target=end_with, args=(fds[3], pid, has_ended), daemon=True).start()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        has_ended.set()
-        try:
-            os.write(fds[3], f"{code}\\n".encode())
-        finally:
-            os._exit(0)
-    for fd in fds:
-        os.close(fd)
-"""
 PYTHON = """#!{python} -IS
 import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -125,9 +42,29 @@ os._exit(code)
 """
 
 
-@lru_cache
-def _server() -> tuple[socket.socket, Path]:
-    """Its socket, and the executable `python`. It ends with this process, which alone has the other end."""
+_STARTED: list[tuple[socket.socket, Path]] = []
+"""The server of this process, once it is needed: its socket, and the executable `python`."""
+
+
+def fork_now() -> None:
+    """Let the server be a fork of this process, which has imported no test yet: it then imports nothing by itself."""
+    os.environ |= _ENVIRONMENT
+    fresh_server.import_all()
+    _STARTED.append(_start(fresh_server.fork_server))
+
+
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _in_a_new_process(requests: socket.socket, others: socket.socket) -> None:
+    fds = [requests.fileno(), others.fileno()]
+    paths = json.dumps([path for path in sys.path if path])
+    words = [sys.executable, fresh_server.__file__, paths, *map(str, fds)]
+    subprocess.Popen(words, pass_fds=fds, stdin=subprocess.DEVNULL, env={**os.environ, **_ENVIRONMENT})
+
+
+def _start(serve: Callable[[socket.socket, socket.socket], None]) -> tuple[socket.socket, Path]:
+    """The server ends with this process, which alone has the other end of its socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     folder = Path(mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -136,11 +73,14 @@ def _server() -> tuple[socket.socket, Path]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as others, theirs:
         others.bind(str(folder / "socket"))
         others.listen(16)
-        fds = [theirs.fileno(), others.fileno()]
-        words = [sys.executable, "-c", SERVER, json.dumps([path for path in sys.path if path]), *map(str, fds)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        subprocess.Popen(words, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
+        serve(theirs, others)
     return ours, folder / "python"
+
+
+def _server() -> tuple[socket.socket, Path]:
+    if not _STARTED:
+        _STARTED.append(_start(_in_a_new_process))
+    return _STARTED[0]
 
 
 def python() -> Path:

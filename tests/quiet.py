@@ -8,9 +8,6 @@ import os
 from copy import deepcopy
 from functools import cache, lru_cache
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 from transformers.utils import logging
 from typer import testing
