@@ -68,6 +68,7 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else each answer's body waits 40 ms for a word about its headers
 
             def log_message(self, *args: object) -> None:
                 return None

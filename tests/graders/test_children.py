@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+import fresh
 from graders.graders import function_in, grades, plant
 from tunesmith.errors import InputError
+from tunesmith.graders import children, schema
 from tunesmith.graders import pool as pools
-from tunesmith.graders import schema
 from tunesmith.graders.children import Children
 from tunesmith.graders.grade import Answer, Grade, GradeError
 from tunesmith.graders.pool import Pool
@@ -282,8 +283,9 @@ def test_grades_that_wait_end_with_the_pool(tmp_path: Path) -> None:
     assert all(child._process.poll() is not None for child in pool.children[""]._all)
 
 
-def test_a_file_that_trains_when_it_is_loaded_is_no_grader(tmp_path: Path) -> None:
+def test_a_file_that_trains_when_it_is_loaded_is_no_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process of the grader would load it and train, and start one more."""
+    monkeypatch.setattr(children, "python_words", lambda module: [str(fresh.python()), "-m", module])
     text = f"""
 import tunesmith
 

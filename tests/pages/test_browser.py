@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from evaluation.fake_runs import fake_run
+from often import slow
 from pages.sites import fork_children, load_fake, put_done, put_states, run_of, serving
 from serve.running import wait_for
 from tiny_run import chats, model_folder
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.pages
 PATIENCE_MS = 60_000
 HURRY = """for (const name of ['setTimeout', 'setInterval']) {
     const slow = window[name];
-    window[name] = (call, ms, ...more) => slow(call, ms / 6, ...more);
+    window[name] = (call, ms, ...more) => slow(call, ms / 12, ...more);
 }"""
 """Timers of the pages run faster: a test waits for them all the time."""
 WIDE = """() => [...document.querySelectorAll('main *, header *, footer *')]
@@ -45,7 +46,7 @@ def opened(browser: Any, heard: list[str]) -> Iterator[Callable[..., Any]]:
     contexts = []
 
     def open_page(url: str, link: str, **how: Any) -> Any:
-        settings = {"viewport": {"width": 1200, "height": 900}, **how}
+        settings = {"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce", **how}
         context = browser.new_context(**settings)
         contexts.append(context)
         context.add_init_script(HURRY)
@@ -129,13 +130,13 @@ def test_a_run_of_the_command_line_is_seen_and_stopped(
             run.append(Event("step", 31, time.time(), {"loss": 0.4321, "lr": 1e-4}, {"seconds": 1.0}))
             page.get_by_text("loss 0.4321").wait_for()
             assert page.locator("#as-table").evaluate("fold => fold.open"), "what was unfolded stays"
-            page.wait_for_timeout(2000)  # the curve is loaded every two seconds, a sixth of that here
+            page.wait_for_timeout(800)  # the curve is loaded every two seconds, a twelfth of that here
             page.focus("#curve")
             page.keyboard.press("ArrowLeft")
             page.get_by_text("step 31 · training 0.4321").wait_for()
             run.append(Event("step", 32, time.time(), {"loss": 0.4311, "lr": 1e-4}, {"seconds": 1.0}))
             page.get_by_text("loss 0.4311").wait_for()
-            page.wait_for_timeout(1500)
+            page.wait_for_timeout(800)
             words = page.locator("#curve-said").inner_text()
             assert words == "step 31 · training 0.4321", "neither a refresh nor new points change what the keys chose"
             page.keyboard.press("ArrowRight")
@@ -266,7 +267,7 @@ def test_an_embedder_ranks_texts_for_a_query(opened: Callable[..., Any], heard: 
     assert heard == []
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1200, "light"), (2560, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), slow((1200, "light")), (2560, "light")])
 def test_pages_fit_their_window_and_can_be_hit(
     opened: Callable[..., Any], heard: list[str], states: tuple[Any, str], width: int, scheme: str
 ) -> None:
@@ -307,9 +308,10 @@ AXE = """() => axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wca
     [
         ("light", ("", "runs/failed-0002", "runs/done-0001/result", "data", "data?file=rows.jsonl", "new", "chat")),
         ("light", (COMPARED, "runs/done-0001")),
-        ("dark", ("", "runs/failed-0002", "runs/begun-0009", COMPARED)),
+        ("dark", ("", COMPARED)),
+        slow(("dark", ("runs/failed-0002", "runs/begun-0009"))),
     ],
-    ids=["light", "compared", "dark"],
+    ids=["light", "compared", "dark", "dark runs"],
 )
 def test_axe_finds_no_fault(
     opened: Callable[..., Any], states: tuple[Any, str], scheme: str, paths: tuple[str, ...]

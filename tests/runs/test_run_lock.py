@@ -12,6 +12,7 @@ import pytest
 
 from faults import in_child
 from tunesmith.errors import RunError, StorageError
+from tunesmith.runs import folder
 from tunesmith.runs.folder import Run
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -42,7 +43,13 @@ def writer(run: Run):
         process.stdout.close()
 
 
-def test_second_writer_is_told_who_holds_the_lock(run):
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """A writer waits for a tenth of a second instead of a whole one."""
+    monkeypatch.setattr(folder, "_LOCK_PATIENCE_S", 0.1)
+
+
+def test_second_writer_is_told_who_holds_the_lock(run, impatient):
     with writer(run) as process:
         assert run.state() == "running"
         with pytest.raises(RunError) as caught, run.lock():
@@ -52,7 +59,7 @@ def test_second_writer_is_told_who_holds_the_lock(run):
     assert run.state() == "new"
 
 
-def test_second_writer_touches_nothing(run):
+def test_second_writer_touches_nothing(run, impatient):
     with writer(run):
         (run.path / ".tmp-report.json-12345678").write_bytes(b"being written")
         before = sorted(os.listdir(run.path))

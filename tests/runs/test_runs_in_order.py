@@ -187,7 +187,8 @@ def test_rm_refuses_a_run_that_another_starts_from_unless_both_go(root):
     assert sorted(path.name for path in root.iterdir()) == ["broken", "two"]
 
 
-def test_run_under_way_is_neither_removed_nor_pruned(root):
+def test_run_under_way_is_neither_removed_nor_pruned(root, monkeypatch):
+    monkeypatch.setattr("tunesmith.runs.folder._LOCK_PATIENCE_S", 0.1)
     run = Run(root / "one")
     (part, *_), _ = removal.removable([run], whole=False)
     with run.lock():

@@ -395,7 +395,7 @@ def test_a_server_that_was_stopped_itself_ends_no_engine(monkeypatch: pytest.Mon
     async def scene() -> None:
         worker = await worker_that(BEATS)
         assert await worker.next() == ()
-        for _ in range(3):
+        for _ in range(2):
             time.sleep(0.8)  # as SIGSTOP or a machine that sleeps: its timers are over before it reads
             assert await worker.next() == ()
         worker.process.kill()
@@ -499,7 +499,8 @@ from tunesmith.serve import engine as module
 from tunesmith.serve.protocol import EngineOptions
 module.python_words = lambda module: [{str(fresh.python())!r}, "-m", module]
 async def main():
-    engine = module.WorkerEngine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
+    options = EngineOptions(offline=True, threads=1)
+    engine = module.WorkerEngine(["first"], root=pathlib.Path({str(root)!r}), options=options)
     await engine.start()
     heavy = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
     print(engine._worker.process.pid, *heavy, flush=True)

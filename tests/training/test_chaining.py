@@ -65,10 +65,11 @@ def test_two_runs_that_start_from_one_adapter_at_once_merge_it_once(trained, tmp
 
     def slow(*args, **how):
         merges.append(args)
-        time.sleep(2)  # the lock is waited for for a second
+        time.sleep(0.6)  # three times as long as the lock is waited for
         return load_run(*args, **how)
 
     monkeypatch.setattr(merged_base, "load_run", slow)
+    monkeypatch.setattr("tunesmith.runs.folder._LOCK_PATIENCE_S", 0.2)
     begun = [
         in_background(partial(start_from, str(first.path), root=tmp_path / "runs", offline=True)) for _ in range(2)
     ]
@@ -87,6 +88,7 @@ def test_a_merged_base_whose_distance_is_being_measured_is_waited_for(trained, t
 def test_the_wait_for_a_run_that_another_process_has_ends(trained, tmp_path, monkeypatch):
     first = copy_of(trained, tmp_path / "runs")
     monkeypatch.setattr(merged_base, "MERGE_WAIT_S", 0.1)
+    monkeypatch.setattr("tunesmith.runs.folder._LOCK_PATIENCE_S", 0.1)
     with first.lock(), pytest.raises(RunError, match="in use by process"):
         start_from(str(first.path), root=tmp_path / "runs", offline=True)
 
