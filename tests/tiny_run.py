@@ -65,14 +65,14 @@ def chats(path: Path, num: int, *, seed: int = 0) -> Path:
 
 
 def tiny_recipe(folder: Path, *, arch: str = "llama", rows: int = 18, dropout: float = 0.0, **sections: Any) -> Recipe:
-    """A recipe over files made in `folder`: 18 rows, 3 rows a step, two epochs unless `sections` say otherwise."""
+    """A recipe over files made in `folder`: 18 rows, 3 rows a step in one pass, two epochs unless `sections` differ."""
     model = model_folder(folder / f"model-{arch}", arch, dropout=dropout)
     data: dict[str, Any] = {
         "model": str(model),
         "method": {"name": "lora", "rank": 4, "alpha": 8, "dropout": dropout},
         "data": {"train": [str(chats(folder / "chats.jsonl", rows))], "held_out": 0.11},
         "optim": {"lr": 1e-2},
-        "train": {"epochs": 2, "rows_per_step": 3, "tokens_per_pass": 96},
+        "train": {"epochs": 2, "rows_per_step": 3, "tokens_per_pass": 256},
         "evaluation": {"samples": 2, "sample_tokens": 4, "general": False},
         "checkpoint": {"every": 2},
         "precision": "float32",

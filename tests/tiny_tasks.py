@@ -226,7 +226,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def task_recipe(
     folder: Path, task: str, kind: str, *, rows: int = 24, method: Any = "full", dropout: float = 0.1, **sections: Any
 ) -> Recipe:
-    """A recipe for a task on a model of some kind, over rows written into `folder`."""
+    """A recipe for a task on a model of some kind, over rows written into `folder`; a step is one pass."""
     data: dict[str, Any] = {
         "model": str(folder_of(kind, folder / f"model-{kind}", dropout=dropout)),
         "task": task,
@@ -236,7 +236,7 @@ def task_recipe(
             "eval": [str(write(folder / f"{task}-held.jsonl", rows_of(task, 8, seed=7)))],
         },
         "optim": {"lr": 3e-3},
-        "train": {"epochs": 2, "rows_per_step": 4, "tokens_per_pass": 64},
+        "train": {"epochs": 2, "rows_per_step": 4, "tokens_per_pass": 512},
         "evaluation": {"samples": 2, "sample_tokens": 4, "general": False},
         "checkpoint": {"every": 3},
         "precision": "float32",

@@ -26,17 +26,13 @@ from tunesmith.runs.folder import Run
 from tunesmith.types import Batch, Row
 from tunesmith.types import Source as Place
 
-OFTEN = ("llama",)
-"""The others are in the slow set: each takes seconds to trace. BERT comes below."""
-
 
 def exported(run: Run, tmp_path: Path, *, proof: bool = True) -> Exported:
     return export_run(run, "onnx", out=tmp_path / "out", proof=proof, offline=True)
 
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=[] if arch in OFTEN else pytest.mark.slow) for arch in KNOWN]
-)
+@pytest.mark.slow  # each takes seconds to trace; BERT and a Llama with a head: below
+@pytest.mark.parametrize("arch", KNOWN)
 def test_every_architecture_is_what_was_tuned(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     done = exported(of_encoder(arch) if arch in ENCODERS else of_architecture(arch), tmp_path)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from often import often
 from optim_references import REFERENCES, adamw
 from tiny_model import tiny_model
 from tiny_run import same_run, stopped, tiny_recipe
@@ -292,7 +293,7 @@ def test_the_rate_chosen_is_that_of_adamw_times_a_stated_factor(name: str, tmp_p
     assert name == "adamw" or "arXiv" in source
 
 
-@every
+@pytest.mark.parametrize("name", often(OPTIMIZERS, "muon", "adafactor"))
 def test_a_run_stopped_at_any_step_and_resumed_is_the_same_run(name: str, tmp_path: Path) -> None:
     """Weights, state, result and every event value, with evaluations between, in bfloat16 and with the best kept."""
     method = "full" if name in ("adafactor", "muon", "adamw_8bit") else "lora"  # what depends on the shape of a weight
@@ -307,6 +308,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_same_run(name: str, tmp_pa
         shutil.rmtree(run.path)
 
 
+@pytest.mark.slow
 def test_the_run_test_sees_a_state_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of AdamW: test_resume; each by itself: above."""
     recipe = tiny_recipe(tmp_path, rows=12, optim={"name": "muon", "lr": 1e-3})

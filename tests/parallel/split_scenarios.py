@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.scenarios import QUIET, steps_of, together_as, write_alike
+from parallel.scenarios import IN_PARTS, QUIET, steps_of, together_as, write_alike
 from parallel.scenarios import alike as whole_alike
 from parallel.scenarios import recipe_of as whole_recipe_of
 from tiny import tiny_tokenizer
@@ -34,7 +34,7 @@ KILLED_AT = 4
 
 def make_inputs(folder: Path) -> None:
     """Twenty chats, and a model of two layers that hold five sixths of its weights."""
-    recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 2}, **QUIET)
+    recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train=IN_PARTS, **QUIET)
     tiny_model(vocab_size=len(tiny_tokenizer()), intermediate_size=768).save_pretrained(recipe.model)
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     write_alike(folder / "alike.jsonl")

@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(
 
     def hear(event: Event) -> None:
         heard.append(event.kind)
-        if event.step == 20 and not killed:
+        if event.step == 12 and not killed:
             os.kill(second_rank(out), signal.SIGKILL)
             killed.append(time.monotonic())
 
@@ -127,7 +127,7 @@ def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(
     assert run.recipe().devices == 2
     assert heard == [event.kind for event in run.events()]
     started = begin(*TUNESMITH, "resume", out, "--quiet")
-    wait_for_step(out, 40)
+    wait_for_step(out, 26)
     started.send_signal(signal.SIGINT)
     code, said = end(started)
     assert code == Stopped.exit_code

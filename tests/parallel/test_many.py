@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from parallel.group import begin, finish, start
-from parallel.scenarios import SPLIT, TWELVE, in_float32, make_inputs, recipe_of, steps_of
+from parallel.scenarios import IN_PARTS, SPLIT, TWELVE, in_float32, make_inputs, recipe_of, steps_of
 from parallel.test_agent import begin as begin_agent
 from parallel.test_agent import end, train_words, wait_for_step
 from tiny_run import tiny_recipe, values_of
@@ -37,13 +37,13 @@ def twelve(folder: Path) -> dict[str, Recipe]:
     def of(name: str, task: str, kind: str, **sections: Any) -> Recipe:
         own = folder / name
         own.mkdir(parents=True, exist_ok=True)
-        given = {"optim": {"lr": 1e-3}, **sections}
+        given = {"optim": {"lr": 1e-3}, "train": {"tokens_per_pass": 64}, **sections}
         return task_recipe(own, task, kind, dropout=0.0, rows=24, **given)
 
     adapter = {"name": "lora", "rank": 4, "dropout": 0.0}
     (folder / "chats").mkdir(parents=True, exist_ok=True)
     return {
-        "chats": tiny_recipe(folder / "chats", optim={"lr": 1e-3}),
+        "chats": tiny_recipe(folder / "chats", optim={"lr": 1e-3}, train=IN_PARTS),
         "chat-full": of("chat-full", "chat", "causal"),
         "dora": of("dora", "chat", "causal", method={"name": "dora", "rank": 4, "dropout": 0.0}),
         "ia3": of("ia3", "generate", "causal", method={"name": "peft", "kind": "IA3"}),

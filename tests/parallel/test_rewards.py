@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    return start(folder, "straight", "swapped_planted", module="parallel.reward_scenarios")
+    return start(folder, "straight", module="parallel.reward_scenarios")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,9 @@ def test_two_processes_draw_grade_and_learn_as_one(found, folder, alone):  # tra
     assert len(answers_of(alone)) == 6 * 3 * 4
 
 
-def test_the_test_sees_answers_that_are_given_to_other_prompts(found, folder, alone):
+@pytest.mark.slow
+def test_the_test_sees_answers_that_are_given_to_other_prompts(folder, alone):
+    start(folder, "swapped_planted", module="parallel.reward_scenarios")
     with pytest.raises((AssertionError, FileNotFoundError)):
         assert_run_of_one(Run(folder / "swapped"), alone)
 

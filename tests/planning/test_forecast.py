@@ -27,7 +27,7 @@ SAID = "memory and time could not be forecast: "
 
 
 def test_it_rests_on_the_recipe_and_names_the_micro_batch(tmp_path):
-    forecast = resolve_run(tiny_recipe(tmp_path), root=tmp_path).forecast
+    forecast = resolve_run(tiny_recipe(tmp_path, train={"tokens_per_pass": 96}), root=tmp_path).forecast
     assert forecast.fits
     assert forecast.memory.total == sum(forecast.memory.parts().values())
     assert forecast.heavy.load.tokens <= 96

@@ -19,6 +19,8 @@ from tunesmith.serve.protocol import EngineOptions, GenerationRequest, StreamEve
 from tunesmith.training import trainer as training
 
 T = TypeVar("T")
+UNMEASURED: dict[str, Any] = {"evaluation": {"samples": 0, "surprising": 0}}
+"""Of a run that is only served."""
 OPTIONS = EngineOptions(max_new_tokens=32, streams=4, queue=8, threads=1, offline=True)
 
 
@@ -26,7 +28,8 @@ def two_runs(folder: Path) -> list[Run]:
     """Runs called first and second, on one base whose answers differ from prompt to prompt, with different seeds."""
     runs = []
     for seed, name in enumerate(("first", "second")):
-        recipe = tiny_recipe(folder, seed=seed, optim={"lr": 1e-2}, method={"name": "lora", "rank": 4, "alpha": 16})
+        how = {"method": {"name": "lora", "rank": 4, "alpha": 16}, "train": {"max_steps": 8}, **UNMEASURED}
+        recipe = tiny_recipe(folder, seed=seed, optim={"lr": 1e-2}, **how)
         sharp("llama").save_pretrained(recipe.model)
         runs.append(training.train(recipe, root=folder / "runs", out=folder / "runs" / name, offline=True))
     return runs

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from often import often
 from serve.batches import Heard
 from serve.engines import engine_over
 from serve.fake import MODELS, FakeEngine
@@ -55,7 +56,7 @@ def answered(engine: LocalEngine, request: GenerationRequest) -> Any:
     return heard.answer()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", often(FAMILIES, "gemma3", "qwen2_5_vl"))
 def test_an_answer_is_that_of_generation(family: str, tmp_path: Path) -> None:
     engine = engine_of(tmp_path, family)
     loaded = engine.model.loaded

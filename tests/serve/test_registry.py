@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from serve.batches import Heard, hear, sharp
-from serve.engines import OPTIONS, says, two_runs
+from serve.engines import OPTIONS, UNMEASURED, says, two_runs
 from tiny_run import model_folder, tiny_recipe
 from tiny_tasks import encoder_folder, task_recipe, write_pooling
 from tunesmith.data.dataset import open_kept
@@ -224,7 +224,7 @@ def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp
     """Beside one that can: each answers in the batch what its own model answers alone."""
     paths = [made / "runs" / "first"]
     for name, changed, _ in ALONE:
-        recipe = tiny_recipe(made, optim={"lr": 3e-3}, train={"epochs": 1}, **changed)
+        recipe = tiny_recipe(made, optim={"lr": 3e-3}, train={"epochs": 1}, **UNMEASURED, **changed)
         sharp("llama").save_pretrained(recipe.model)
         paths.append(training.train(recipe, root=tmp_path, out=tmp_path / name, offline=True).path)
     notes: list[str] = []
@@ -270,7 +270,7 @@ def test_texts_that_read_each_other_are_found(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_encoder_decoder_is_run_apart(tmp_path: Path) -> None:
-    recipe = task_recipe(tmp_path, "summarize", "encoder_decoder", train={"epochs": 1})
+    recipe = task_recipe(tmp_path, "summarize", "encoder_decoder", train={"max_steps": 2}, **UNMEASURED)
     run = training.train(recipe, root=tmp_path / "runs", offline=True)
     notes: list[str] = []
     serving = opened(run.path, notes=notes)
@@ -282,7 +282,7 @@ def test_an_encoder_decoder_is_run_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
 def test_classes_are_those_of_predict(tmp_path: Path, kind: str) -> None:
-    recipe = task_recipe(tmp_path, "classify", kind, train={"epochs": 1})
+    recipe = task_recipe(tmp_path, "classify", kind, train={"max_steps": 2}, **UNMEASURED)
     run = training.train(recipe, root=tmp_path / "runs", offline=True)
     serving = opened(run.path)
     labeller = serving.models[run.path.name]

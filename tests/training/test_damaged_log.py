@@ -117,7 +117,7 @@ def test_killed_between_new_settings_and_their_checkpoint_it_goes_on(run: Run, m
     assert run.state() == "done"
     assert run.recipe().train.tokens_per_pass == 64
     texts = [event.values.get("text", "") for event in run.events()]
-    assert "train.tokens_per_pass is 64 in recipe.yaml; it was 96 until here" in texts
+    assert "train.tokens_per_pass is 64 in recipe.yaml; it was 256 until here" in texts
 
 
 def test_other_settings_still_make_it_another_run(run: Run) -> None:

@@ -83,6 +83,7 @@ def test_the_first_loss_is_the_divergence_by_both_models_alone(straight):  # tra
     assert steps_of(run)[0]["loss"] == pytest.approx(float(expected) / targets, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_lists_of_the_token_before_are_found(tmp_path, monkeypatch):  # trap: G33 planted
     lists = Teacher.lists
 
@@ -112,13 +113,13 @@ def test_the_divergence_falls_on_rows_that_it_was_not_trained_on(kind, request):
 @pytest.mark.parametrize("kind", ["straight", "drawn"])
 def test_a_run_that_goes_on_is_one_that_never_stopped(kind, request, monkeypatch):  # trap: G34
     folder, whole = request.getfixturevalue(kind)
-    for step in (1, 4):
-        run = stopped(whole.recipe(), folder / f"stopped-{step}", step)
-        with monkeypatch.context() as patch:
-            patch.setattr(Teacher, "lists", None)  # they are in its folder
-            same_run(resume(run), whole)
+    run = stopped(whole.recipe(), folder / "stopped", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "lists", None)  # they are in its folder
+        same_run(resume(run), whole)
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_follow_from_the_step_are_found(drawn, monkeypatch):  # trap: G34 planted
     folder, whole = drawn
     run = stopped(whole.recipe(), folder / "planted", 3)
@@ -194,7 +195,7 @@ def test_vocabularies_that_spell_a_probe_alike_are_two(straight):  # trap: G31
     ("distil", "more", "words"),
     [
         ({"teacher": None}, {}, "distil.teacher: is missing"),
-        ({"teacher": "http://localhost:8000/v1"}, {}, "a teacher at an address is not asked"),
+        ({"teacher": "http://localhost:8000/v1"}, {}, "a teacher at an address gives no probabilities"),
         ({"max_new_tokens": 9}, {}, "is for drawn answers"),
         ({}, {"devices": 2}, "trains on one device"),
         ({}, {"loss": {"z_loss": 0.1}}, "a teacher says more"),

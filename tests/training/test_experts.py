@@ -28,6 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(recipe_in(folder), root=folder / "runs")
 
 
+@pytest.mark.slow  # what is trained is restored: tests/methods/test_contract.py
 def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
     folder = finished.path.parents[1]
     with pytest.raises(Stopped):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from often import slow
 from tiny_run import same_run, stopped
 from tiny_vision import picture, png, questions, vision_recipe
 from tunesmith.errors import DataError, RecipeError, RunError
@@ -65,7 +66,7 @@ def test_questions_about_one_picture_are_on_one_side(tmp_path: Path) -> None:  #
 
 @pytest.mark.parametrize(
     "sections",
-    [{}, {"method": {"name": "lora", "rank": 4, "also_train": ["projector"]}}],
+    [slow({}), {"method": {"name": "lora", "rank": 4, "also_train": ["projector"]}}],
     ids=["kept", "trained projector"],
 )
 def test_stopped_and_resumed_is_the_same_run(sections: Any, tmp_path: Path) -> None:

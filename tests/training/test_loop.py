@@ -58,8 +58,8 @@ def losses_agree(ours: list[float], theirs: list[float]) -> None:
 
 @pytest.fixture
 def twenty_steps(tmp_path) -> Setup:
-    recipe = tiny_recipe(tmp_path, rows=24, train={"epochs": 4, "rows_per_step": 4, "max_steps": 20})
-    setup = prepare(recipe, root=tmp_path)
+    train = {"epochs": 4, "rows_per_step": 4, "max_steps": 20, "tokens_per_pass": 96}
+    setup = prepare(tiny_recipe(tmp_path, rows=24, train=train), root=tmp_path)
     assert setup.total_steps == 20
     return setup
 

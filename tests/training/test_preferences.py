@@ -54,11 +54,26 @@ def steps_of(run: Any) -> list[dict[str, Any]]:
     return [event.values for event in run.events() if event.kind == "step"]
 
 
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The run of a method, trained once: tests look at it and leave it as it is."""
+    found = {}
+
+    def run_of(method: Any) -> Run:
+        key = str(method)
+        if key not in found:
+            folder = tmp_path_factory.mktemp("tuned")
+            found[key] = train(recipe_of(folder, method=method), root=folder / "runs")
+        return found[key]
+
+    return run_of
+
+
 @pytest.mark.parametrize(
     "method", often(METHODS, LORA, "full"), ids=lambda method: method if isinstance(method, str) else method["name"]
 )
-def test_the_first_loss_is_log_2_and_the_reference_is_kept(tmp_path, method):
-    run = train(recipe_of(tmp_path, method=method), root=tmp_path / "runs")
+def test_the_first_loss_is_log_2_and_the_reference_is_kept(tuned, method):
+    run = tuned(method)
     assert steps_of(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps_of(run)[-1]["loss"] < math.log(2) - 1e-3
     kept = sorted((run.rows_path).glob("*/*.reference"))
@@ -123,8 +138,8 @@ def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, layout, monkey
     assert_alike(found)
 
 
-OFTEN = ("dpo", "orpo")
-"""With a reference and without, by likelihoods and by odds; the others in the slow set."""
+OFTEN = ("orpo",)
+"""Without a reference and by odds. With one and by likelihoods: above; the others in the slow set."""
 
 
 @pytest.mark.parametrize(
@@ -149,10 +164,10 @@ def test_a_likelihood_by_the_tokens_of_a_pass_would_be_seen(tmp_path, monkeypatc
 
 
 # trap: P1
-def test_the_reference_is_the_model_of_step_1_whatever_was_learnt(tmp_path):
-    recipe = recipe_of(tmp_path, method="full")
+def test_the_reference_is_the_model_of_step_1_whatever_was_learnt(tuned, tmp_path):
+    run = tuned("full")
+    recipe = run.recipe()
     setup = prepare(recipe, root=tmp_path / "runs")
-    run = train(recipe, root=tmp_path / "runs")
     kept = reference._read(next(run.rows_path.glob("train/*.reference")), len(setup.rows.train_rows))
     rows = [setup.store.row(int(i)) for i in setup.rows.train_rows[:4]]
     models = (load_plain(recipe.model), load_plain(str(run.model_path)))
@@ -424,8 +439,9 @@ def test_the_same_prompt_is_on_one_side_whatever_its_answers(tmp_path):
 def test_a_preference_run_starts_from_a_chat_run_and_is_used_like_one(tmp_path, monkeypatch):
     quick(monkeypatch)
     root = tmp_path / "runs"
-    first = train(task_recipe(tmp_path, "chat", "causal", method=LORA), root=root)
-    recipe = recipe_of(tmp_path)
+    short = {"train": {"max_steps": 2}, **STEPS_ALONE}
+    first = train(task_recipe(tmp_path, "chat", "causal", method=LORA, **short), root=root)
+    recipe = recipe_of(tmp_path, **short)
     assert runs(root) == [first]
     second = train(recipe.model_copy(update={"model": "last"}), root=root)
     assert steps_of(second)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -448,16 +464,17 @@ def test_a_preference_run_starts_from_a_chat_run_and_is_used_like_one(tmp_path, 
 
 
 @pytest.mark.parametrize("method", [LORA, "full"])
-def test_measured_again_a_result_is_as_its_run_said(tmp_path, method):
+def test_measured_again_a_result_is_as_its_run_said(tuned, method):
     """One of full tuning against its base."""
-    run = train(recipe_of(tmp_path, method=method), root=tmp_path / "runs")
+    run = tuned(method)
     said = next(e.values for e in run.events() if e.kind == "evaluation" and e.values["name"] == "after")["measures"]
-    loaded = load_any(str(run.path), root=tmp_path / "runs")
-    found = evaluate_file(loaded, str(tmp_path / "prefer-held.jsonl"), samples=0).measures
+    held = run.recipe().data.eval[0].path
+    loaded = load_any(str(run.path), root=run.path.parent)
+    found = evaluate_file(loaded, held, samples=0).measures
     for key in ("loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"):
         assert found[key]["value"] == pytest.approx(said[key]["value"], rel=1e-3, abs=1e-4), key
     if method == "full":
-        alone = evaluate_file(replace(loaded, run=None), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
+        alone = evaluate_file(replace(loaded, run=None), held, samples=0).measures
         assert alone["margin"]["value"] == 0  # against itself nothing has moved
 
 

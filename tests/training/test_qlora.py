@@ -24,6 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(tiny_recipe(folder, dropout=0.1, method=method), root=folder / "runs")
 
 
+@pytest.mark.slow  # its adapter is one of LoRA: test_resume.py
 def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
     """Packing is deterministic, so that the base is the same in every process."""
     folder = finished.path.parents[1]

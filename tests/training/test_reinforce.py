@@ -12,6 +12,7 @@ import torch
 
 import tunesmith
 from killed_runs import kill_runs
+from often import often
 from rewarded import COUNTED, DIGITS, prompts, rewarded
 from tiny_run import same_run, stopped
 from tunesmith import methods
@@ -48,6 +49,15 @@ from tunesmith.training.trainer import Listener, resume, train
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     return folder, train(rewarded(folder), root=folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run before its first step, which tests draw from and leave as it is."""
+    folder = tmp_path_factory.mktemp("untrained")
+    made = prepare(rewarded(folder), root=folder / "runs")
+    yield made
+    made.drawing.close()
 
 
 @pytest.fixture
@@ -93,8 +103,8 @@ def test_a_step_tells_what_was_drawn_and_learnt(straight):
 
 def test_a_tiny_model_learns_a_dense_reward(tmp_path):
     recipe = rewarded(
-        tmp_path, rows=24, method="full", optim={"lr": 1e-2},
-        train={"max_steps": 14, "rows_per_step": 6}, reinforce={"samples": 8, "held_out_samples": 8},
+        tmp_path, rows=24, method="full", optim={"lr": 2e-2},
+        train={"max_steps": 8, "rows_per_step": 6}, reinforce={"samples": 8, "held_out_samples": 8},
     )  # fmt: skip
     run = train(recipe, root=tmp_path / "runs")
     report = json.loads((run.path / "report.json").read_text())
@@ -105,9 +115,7 @@ def test_a_tiny_model_learns_a_dense_reward(tmp_path):
 
 def test_a_run_stopped_at_any_step_ends_as_one_that_never_was(straight):  # trap: G22
     folder, whole = straight
-    for step in (1, 4):
-        run = stopped(whole.recipe(), folder / f"stopped-{step}", step)
-        same_run(resume(run), whole)
+    same_run(resume(stopped(whole.recipe(), folder / "stopped", 4)), whole)
 
 
 @pytest.mark.slow
@@ -143,12 +151,17 @@ def test_a_judge_that_never_answers_twice_alike_is_asked_once(tmp_path):  # trap
     done = resume(run)
     assert [values["reward"] for values in steps_of(done)][:4] == first
     assert len(steps_of(done)) == 6
+
+
+@pytest.mark.slow
+def test_grades_that_are_lost_would_be_seen(tmp_path):  # trap: G22 planted
+    recipe = rewarded(tmp_path, grader=COUNTED, checkpoint={"every": 100})
     lost = stopped(recipe, tmp_path / "again", 4)
     first = [values["reward"] for values in steps_of(lost)]
     (lost.checkpoints_path / "step-4").rename(lost.checkpoints_path / "gone")
     (lost.path / "grades.jsonl").unlink()
     again = [values["reward"] for values in steps_of(resume(lost))][:4]
-    with pytest.raises(AssertionError):  # trap: G22 planted: its grades are lost
+    with pytest.raises(AssertionError):
         assert again == first
 
 
@@ -188,15 +201,15 @@ def test_a_damaged_line_of_kept_grades_costs_no_later_one(straight, tmp_path):
     same_run(done, whole)
 
 
-def test_one_pass_and_eight_have_one_loss_and_gradient(setup):  # trap: G11
-    (groups,), _ = setup.drawing.groups_of(setup, [1])
-    view = setup.drawing.view(setup, groups)
+def test_one_pass_and_eight_have_one_loss_and_gradient(untrained):  # trap: G11
+    (groups,), _ = untrained.drawing.groups_of(untrained, [1])
+    view = untrained.drawing.view(untrained, groups)
     view = replace(view, collator=replace(view.collator, shares=False), sampler=replace(view.sampler, ids_of=None))
     one = replace(view, sampler=replace(view.sampler, tokens_per_pass=100_000))
     many = replace(view, sampler=replace(view.sampler, tokens_per_pass=1))
     assert len(one.sampler.step(1)) == 1
     assert len(many.sampler.step(1)) == len(view.store) >= 8
-    (loss, grads), (other, others) = gradients(setup, one), gradients(setup, many)
+    (loss, grads), (other, others) = gradients(untrained, one), gradients(untrained, many)
     assert other == pytest.approx(loss, abs=1e-6)
     for name, grad in grads.items():
         assert torch.allclose(others[name], grad, atol=1e-6, rtol=1e-4), name
@@ -207,19 +220,19 @@ def test_one_pass_and_eight_have_one_loss_and_gradient(setup):  # trap: G11
         assert np.mean(means) == pytest.approx(loss, abs=1e-6)
 
 
-def test_answers_that_teach_nothing_keep_their_share_of_the_divisor(setup):  # trap: G13, G9
-    (groups,), _ = setup.drawing.groups_of(setup, [1])
+def test_answers_that_teach_nothing_keep_their_share_of_the_divisor(untrained):  # trap: G13, G9
+    (groups,), _ = untrained.drawing.groups_of(untrained, [1])
     flat = [replace(group, rewards=[0.5] * len(group.rewards)) if at else group for at, group in enumerate(groups)]
     tokens = sum(len(answer.ids) for group in flat for answer in group.answers)
-    view = setup.drawing.view(setup, flat)
+    view = untrained.drawing.view(untrained, flat)
     assert len(view.store) < 12
     assert sum(view.store.denominators) == tokens
     advantages = {str(view.store.source(i)): view.store.row(i).values_NC[0, 0] for i in range(len(view.store))}
-    whole = setup.drawing.everything(setup, flat)
+    whole = untrained.drawing.everything(untrained, flat)
     for i in range(len(whole.store)):
         whole.store.row(i).values_NC[:, 0] = advantages.get(str(whole.store.source(i)), 0.0)
-    whole = draws.over_answers(setup, AnswerStore(whole.store.rows, float(tokens)), shares=setup.drawing.shares)
-    (loss, grads), (other, others) = gradients(setup, view), gradients(setup, whole)
+    whole = draws.over_answers(untrained, AnswerStore(whole.store.rows, float(tokens)), shares=untrained.drawing.shares)
+    (loss, grads), (other, others) = gradients(untrained, view), gradients(untrained, whole)
     assert other == pytest.approx(loss, abs=1e-6)
     assert all(torch.allclose(others[name], grad, atol=1e-6, rtol=1e-4) for name, grad in grads.items())
     with pytest.raises(AssertionError):  # trap: G13 planted: they leave the divisor with their rows
@@ -237,32 +250,32 @@ def test_a_step_without_any_spread_moves_no_weight(tmp_path):  # trap: G14
     assert all(torch.equal(tensor, before[name]) for name, tensor in setup.attachment.trained.items())
 
 
-def test_cut_answers_are_graded_or_leave_step_and_divisor(setup):  # trap: G9
-    (groups,), _ = setup.drawing.groups_of(setup, [1])
+def test_cut_answers_are_graded_or_leave_step_and_divisor(untrained):  # trap: G9
+    (groups,), _ = untrained.drawing.groups_of(untrained, [1])
     answers = [answer for group in groups for answer in group.answers]
     assert {answer.ended for answer in answers} == {False, True} or any(not answer.ended for answer in answers)
-    graded = setup.drawing.view(setup, groups)
+    graded = untrained.drawing.view(untrained, groups)
     assert sum(graded.store.denominators) == sum(len(answer.ids) for answer in answers)
     group = groups[0]
     ended = [replace(answer, ended=i % 2 == 0) for i, answer in enumerate(group.answers)]
-    setup.drawing.recipe = setup.recipe.model_copy(
-        update={"reinforce": setup.recipe.reinforce.model_copy(update={"cut": "drop"})}
+    untrained.drawing.recipe = untrained.recipe.model_copy(
+        update={"reinforce": untrained.recipe.reinforce.model_copy(update={"cut": "drop"})}
     )
     grades = [Grade(float(i)) for i in range(len(ended))]
-    dropped = setup.drawing.view(setup, [setup.drawing._graded(group.row, ended, grades)])
+    dropped = untrained.drawing.view(untrained, [untrained.drawing._graded(group.row, ended, grades)])
     assert sum(dropped.store.denominators) == sum(len(answer.ids) for answer in ended if answer.ended)
     assert {dropped.store.source(i).sample for i in range(len(dropped.store))} == {1, 3}
-    setup.drawing.recipe = setup.recipe
+    untrained.drawing.recipe = untrained.recipe
 
 
-def test_only_drawn_tokens_are_learnt(setup):
-    (groups,), _ = setup.drawing.groups_of(setup, [1])
-    view = setup.drawing.everything(setup, groups)
+def test_only_drawn_tokens_are_learnt(untrained):
+    (groups,), _ = untrained.drawing.groups_of(untrained, [1])
+    view = untrained.drawing.everything(untrained, groups)
     drawn = [(group, answer) for group in groups for answer in group.answers]
     for i, (group, answer) in enumerate(drawn):
         row = view.store.row(i)
         assert row.ids[row.trained].tolist() == list(answer.ids)
-        assert row.ids[~row.trained].tolist() == setup.store.row(group.row).ids.tolist()
+        assert row.ids[~row.trained].tolist() == untrained.store.row(group.row).ids.tolist()
         assert row.values_NC[:, VALUE_COLUMNS.index("drawn")].tolist() == pytest.approx(answer.logps)
 
 
@@ -383,18 +396,18 @@ def test_answers_are_drawn_by_the_weights_of_their_step(tmp_path, monkeypatch): 
     setup.drawing.close()
 
 
-def test_seeds_follow_from_prompt_step_and_copy(setup):  # trap: G21
-    rows = setup.sampler.rows(1)
-    of = partial(draws.seeds_of, setup.store, seed=0)
+def test_seeds_follow_from_prompt_step_and_copy(untrained):  # trap: G21
+    rows = untrained.sampler.rows(1)
+    of = partial(draws.seeds_of, untrained.store, seed=0)
     assert of(rows, step=1) == of(rows[::-1], step=1)[::-1]
-    every = [*of(rows, step=1), *of(rows, step=2), *draws.seeds_of(setup.store, rows, seed=1, step=1)]
+    every = [*of(rows, step=1), *of(rows, step=2), *draws.seeds_of(untrained.store, rows, seed=1, step=1)]
     assert len(set(every)) == 9
     assert len(set(of([rows[0]] * 3, step=1))) == 3
     with pytest.raises(AssertionError):  # trap: G21 planted: all steps draw alike
         assert len({*of(rows, step=1), *of(rows, step=1)}) == 6
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.05])
+@pytest.mark.parametrize("kl", often([0.0, 0.05], 0.05))
 def test_the_reference_is_the_untouched_model_at_every_step(tmp_path, kl):  # trap: G23
     setup = prepare(rewarded(tmp_path, reinforce={"kl": kl}, optim={"lr": 0.05}), root=tmp_path / "runs")
     divergences = [event.values.get("kl") for event in training_steps(setup)]

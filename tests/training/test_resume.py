@@ -22,10 +22,10 @@ from tunesmith.training.trainer import Listener, resume, train
 
 @pytest.fixture(scope="module", params=often(["lora", "full"], "lora"))
 def reference(request, tmp_path_factory) -> tuple[Path, Run]:
-    """An uninterrupted run with dropout, two epochs, evaluations and checkpoints in between."""
+    """An uninterrupted run with dropout, two epochs, several micro-batches a step, evaluations and checkpoints."""
     folder = tmp_path_factory.mktemp(f"reference-{request.param}")
     method = {"name": "full"} if request.param == "full" else {"dropout": 0.1}
-    recipe = tiny_recipe(folder, dropout=0.1, evaluation={"every": 3})
+    recipe = tiny_recipe(folder, dropout=0.1, train={"tokens_per_pass": 96}, evaluation={"every": 3})
     recipe = recipe.model_copy(update={"method": tiny_method(method)})
     return folder, train(recipe, root=folder / "runs")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from often import slow
 from tiny_model import tiny_model
 from tiny_run import chats, tiny_recipe, values_of
 from tunesmith.data.collate import build_batch
@@ -47,10 +48,10 @@ def report_of(run: Run) -> dict:
     ("arch", "precision", "method", "task"),
     [
         ("llama", "float32", "lora", "chat"),
-        ("llama", "bfloat16", "lora", "generate"),
+        slow(("llama", "bfloat16", "lora", "generate")),
         ("llama", "bfloat16", "full", "chat"),
         ("gpt2", "float32", "full", "generate"),
-        ("bloom", "float32", "lora", "chat"),
+        slow(("bloom", "float32", "lora", "chat")),
     ],
 )
 def test_a_run_lowers_the_loss_on_rows_it_never_saw(tmp_path, task, method, arch, precision):

@@ -49,6 +49,7 @@ def test_later_steps_of_a_draw_have_ratios_and_are_clipped(setup):
     assert max(of_step["largest_mismatch"] for of_step in values) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_test_sees_ratios_to_the_weights_of_the_step(setup, monkeypatch):  # trap: G26 planted
     view = Drawing.view
     monkeypatch.setattr(Drawing, "view", lambda self, state, groups, old=(): view(self, state, groups))
@@ -85,6 +86,7 @@ def test_a_run_stopped_within_a_draw_ends_as_one_that_never_was(straight):  # tr
     same_run(resume(stopped(whole.recipe(), folder / "stopped", 3)), whole)
 
 
+@pytest.mark.slow
 def test_the_comparison_catches_a_draw_that_is_not_kept_whole(straight, monkeypatch):  # trap: G22 planted
     folder, whole = straight
     run = stopped(whole.recipe(), folder / "planted", 3)
