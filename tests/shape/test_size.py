@@ -3,7 +3,7 @@
 import ast
 from collections import Counter
 
-from shape.tree import SOURCE, name_of, parsed, source_files
+from shape.tree import SOURCE, name_of, parsed, source_files, walked
 
 MAX_LINES = 500
 """A concept is a file."""
@@ -50,7 +50,7 @@ def test_files_and_functions_are_short() -> None:
     long = [
         f"{name_of(path)}:{node.lineno} {node.name}: {length}, at most {limit}"
         for path in source_files()
-        for node in ast.walk(parsed(path))
+        for node in walked(parsed(path))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and (length := (node.end_lineno or node.lineno) - node.lineno + 1)
         > (limit := LONGER_FUNCTIONS.get(node.name, MAX_FUNCTION))

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from shape.tree import ROOT, name_of, parsed, source_files, tracked_files
+from shape.tree import ROOT, name_of, parsed, source_files, tracked_files, walked
 
 # Code that can run code: (what is called or imported, why not)
 FORBIDDEN_MODULES = {
@@ -44,7 +44,7 @@ def dotted(node: ast.expr) -> str:
 
 def forbidden(tree: ast.Module, *, may_print: bool) -> Iterator[str]:
     """Every place of a module where something forbidden is imported or called."""
-    for node in ast.walk(tree):
+    for node in walked(tree):
         if isinstance(node, ast.Import):
             yield from (
                 f"{node.lineno}: import {a.name}" for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES

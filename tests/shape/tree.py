@@ -29,5 +29,11 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text("utf-8"))
 
 
+@cache
+def walked(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All nodes of a tree, found once for all rules."""
+    return tuple(ast.walk(tree))
+
+
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
