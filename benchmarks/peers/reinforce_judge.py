@@ -33,10 +33,7 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     loaded, held = load_model(job["base"]), job["held_out_rows"]
     model, adapters = loaded.model, AdapterSet(loaded.model)
-    how = Draw(
-        tokenizer=loaded.renderer.tokenizer, stop_ids=frozenset(loaded.renderer.stop_ids), num=SAMPLES, temperature=1.0,
-        max_new_tokens=job["max_new_tokens"], streams=32, strip=True,
-    )  # fmt: skip
+    how = Draw.of(loaded.renderer, num=SAMPLES, temperature=1.0, max_new_tokens=job["max_new_tokens"], streams=32)
 
     def results(folder: str, pool: Pool) -> list[dict[str, Any]]:
         paths = {

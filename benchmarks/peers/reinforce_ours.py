@@ -87,7 +87,7 @@ def _losses(job: dict[str, Any]) -> dict[str, Any]:
         save_file(grads, folder / f"ours-{number}.safetensors")
         sums = sum(row.double() for row in seen.values())
         found.append({
-            "loss": sum(done.own.losses) / done.num_targets, "clipped": float((sums[4] + sums[5]) / sums[0]),
+            "loss": sum(done.computed.losses) / done.num_targets, "clipped": float((sums[4] + sums[5]) / sums[0]),
         })  # fmt: skip
     lengths = [len(answer["completion_ids"]) for answer in answers]
     return {"settings": found, "answers": {"answers": len(answers), "tokens": sum(lengths)}}

@@ -30,11 +30,12 @@ from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.parallel.child import run_words, train_in_child
-from tunesmith.phrases import PHASES, plural, visible
+from tunesmith.phrases import plural, visible
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import USUAL, Recipe
 from tunesmith.runs.folder import Run
+from tunesmith.summaries.words import PHASES
 from tunesmith.training.job import Watcher, resume_run, train_run
 from tunesmith.training.progress import Listener
 from tunesmith.types import Event, JsonObject, Record, TaskName

@@ -43,8 +43,6 @@ CARD_SHARE = "TUNESMITH_CARD_SHARE"
 """Variable with the share of a card's memory that a process may take."""
 SERVING_SHARE = 0.4
 """That of a server whose jobs train on the same card; they have the rest."""
-LEAST_REST = 0.05
-"""Less than this of a card holds no run."""
 
 
 def card_share(usual: float = 1.0) -> float:
@@ -57,18 +55,6 @@ def card_share(usual: float = 1.0) -> float:
     if not 0 < share <= 1:
         raise InputError(f"{CARD_SHARE}={text}: a share of a card is above 0 and at most 1. Give one such as 0.4.")
     return share
-
-
-def rest_of_card() -> float:
-    """Share of a card that a server leaves to the runs of its jobs. Raises InputError for next to nothing."""
-    rest = 1 - card_share(SERVING_SHARE)
-    if rest < LEAST_REST:
-        raise InputError(
-            f"{CARD_SHARE}={os.environ[CARD_SHARE]}: runs of jobs get what the server leaves of the card: next "
-            f"to nothing. Give at most {1 - LEAST_REST:g}, or 1 to a server without --jobs or with jobs on "
-            "other machines."
-        )
-    return rest
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:

@@ -8,37 +8,11 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
-
-from tunesmith.types import Record
-
-PHASES = {
-    "read": "reading rows",
-    "hash": "fingerprinting data",
-    "join": "waiting for the processes of the other devices",
-    "encode": "encoding rows",
-    "load": "loading the model",
-    "plan": "predicting memory and time",
-    "probe": "trying the heaviest step",
-    "train": "training",
-    "evaluate": "measuring held-out rows",
-    "reference": "measuring rows with the untouched model",
-    "teacher": "reading rows with the teacher",
-    "documents": "reading documents",
-    "answer": "answering held-out prompts",
-    "draw": "drawing answers",
-    "check": "checking rows",
-    "general": "measuring general ability",
-    "tuned": "reading the tuned model",
-    "report": "drawing the report",
-    "surprise": "looking for high-loss training rows",
-    "download": "downloading the model",
-}
-"""Words for the phases whose progress is reported; an unknown phase is shown by its key."""
 
 
 def duration(seconds: float, unit: str = "") -> str:
@@ -169,14 +143,6 @@ def option(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def mix_text(sources: Sequence[Record]) -> str:
-    """Shares of sources of rows: a.jsonl 70 % (a row 1 × an epoch), b.jsonl 30 % (a row 0.43 × an epoch)."""
-    return ", ".join(
-        f"{source['path']} {100 * source['share']:.3g} % (each row {source['times']:.3g} × an epoch)"
-        for source in sources
-    )
 
 
 # What a reader would not see or a display would act on: C0 but tab and newline, DEL, C1, marks of direction,

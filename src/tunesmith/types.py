@@ -132,6 +132,9 @@ class ImageRef:
         """The first 64 bits of its hash, by which rows name it."""
         return int(self.sha256[:16], 16)
 
+    def __str__(self) -> str:
+        return self.path or "an image"
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

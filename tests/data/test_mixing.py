@@ -9,9 +9,9 @@ import pytest
 from tunesmith.data.sampler import StepSampler, copies
 from tunesmith.data.splits import mix, source_ids, times_per_epoch
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.phrases import mix_text
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.summaries.words import mix_text
 
 
 def data(**files: Any) -> Data:

@@ -120,7 +120,7 @@ def as_if_tuned(recipe: Recipe, out: Path) -> Run:
         dtype=torch.float32,
         device="cpu",
         head=find_head(recipe.task, located, kind),
-        labels=run_labels(recipe),
+        labels=run_labels(recipe.task, recipe.data),
         tokenizer=tokenizer,
     )
     method = METHODS[recipe.method.name]

@@ -30,7 +30,6 @@ TOLERANCE = 1e-4
 def how(**changes) -> Draw:
     usual = Draw(
         tokenizer=TOKENIZER, stop_ids=frozenset({END}), num=4, temperature=1.0, max_new_tokens=12, streams=16,
-        strip=True,
     )  # fmt: skip
     return replace(usual, **changes)
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from tiny_vision import FAMILIES, rows_with_images, vision_folder
-from tunesmith.data.collate import batch_images, build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.data.examples import examples
 from tunesmith.data.images import pixels_of
 from tunesmith.data.renderer import Renderer
@@ -56,8 +56,7 @@ def as_batch(
 ) -> Batch:
 
     batch = build_batch([rows[i] for i in members], tuple(members), layout="padded", device="cpu")
-    images = [image for i in members for image in read[i].images]
-    return replace(batch, images=batch_images(images, renderer.placeholders.pixels))
+    return replace(batch, images=renderer.batch_images([read[i].images for i in members]))
 
 
 def conversation(example: Example, *, answered: bool = True) -> list[dict[str, Any]]:

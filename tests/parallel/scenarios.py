@@ -262,7 +262,7 @@ def looking_planted(folder: Path) -> Any:
 
     def computed(state: Any, sampler: Any, number: int) -> Any:
         done = step.compute_gradients(state, sampler, number)
-        return done, exchange.meet(state.world, state.attachment.shared, done.own, num_targets=done.num_targets)
+        return done, exchange.meet(state.world, state.attachment.shared, done.computed, num_targets=done.num_targets)
 
     with patch.object(loop, "_computed", computed):
         return looking(folder)
@@ -279,7 +279,7 @@ def memory_is_gone_planted(folder: Path) -> Any:
 
     def compute(state: Any, plan: Any, number: int) -> Any:
         found = right(state, plan, number)
-        if found.own.exhausted is not None:
+        if found.computed.exhausted is not None:
             raise MemoryError
         return found
 

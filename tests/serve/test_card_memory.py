@@ -45,11 +45,11 @@ def test_keys_and_values_get_what_the_card_has_and_not_the_host(on_card: None, m
 
 
 def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment.rest_of_card() == 0.6
+    assert launcher.rest_of_card() == 0.6
     monkeypatch.setenv(CARD_SHARE, "0.25")
-    assert environment.rest_of_card() == 0.75
+    assert launcher.rest_of_card() == 0.75
     monkeypatch.setenv(CARD_SHARE, "")
-    assert environment.rest_of_card() == 0.6
+    assert launcher.rest_of_card() == 0.6
     monkeypatch.setenv(CARD_SHARE, "0.25")
     assert devices.room("cuda") == 20 * GIB + devices.CUDA_CONTEXT
     fractions: list[Any] = []
@@ -61,7 +61,7 @@ def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
         devices.room("cuda")
     with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
-        environment.rest_of_card()
+        launcher.rest_of_card()
     assert os.environ[CARD_SHARE] == "half"
 
 

@@ -177,7 +177,7 @@ def gradients(setup: Setup) -> tuple[int, float, torch.Tensor]:
     setup.model.train()
     done = compute_gradients(setup, setup.sampler, 1)
     grads = [tensor.grad.flatten() for tensor in setup.attachment.trained.values() if tensor.grad is not None]
-    return len(done.own.micro_batches), sum(done.own.losses) / done.num_targets, torch.cat(grads)
+    return len(done.computed.micro_batches), sum(done.computed.losses) / done.num_targets, torch.cat(grads)
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -106,7 +106,7 @@ def test_one_micro_batch_is_as_many(tmp_path, loss):
         setup.model.train()
         done = compute_gradients(setup, setup.sampler, 1)
         grads = [one.grad.flatten() for one in setup.attachment.trained.values() if one.grad is not None]
-        found.append((len(done.own.micro_batches), sum(done.own.losses), torch.cat(grads)))
+        found.append((len(done.computed.micro_batches), sum(done.computed.losses), torch.cat(grads)))
     (one, loss, gradient), (many, loss_of_many, of_many) = found
     assert one == 1 < many
     assert loss_of_many == pytest.approx(loss, rel=1e-5)

@@ -78,7 +78,7 @@ def measures_of(run, name: str) -> dict:
 def gradients(state, view) -> tuple[float, dict[str, torch.Tensor]]:
     state.optimizer.zero_grad()
     done = compute_gradients(view, view.sampler, 1)
-    return sum(done.own.losses) / done.num_targets, {
+    return sum(done.computed.losses) / done.num_targets, {
         name: tensor.grad.clone() for name, tensor in state.attachment.trained.items() if tensor.grad is not None
     }
 
@@ -213,7 +213,7 @@ def test_one_pass_and_eight_have_one_loss_and_gradient(untrained):  # trap: G11
     assert other == pytest.approx(loss, abs=1e-6)
     for name, grad in grads.items():
         assert torch.allclose(others[name], grad, atol=1e-6, rtol=1e-4), name
-    sums = compute_gradients(many, many.sampler, 1).own
+    sums = compute_gradients(many, many.sampler, 1).computed
     counts = [float(many.store.targets[list(rows)].sum()) for rows in sums.micro_batches]
     means = [total / count for total, count in zip(sums.losses, counts, strict=True)]
     with pytest.raises(AssertionError):  # trap: G11 planted: a mean of the passes' means

@@ -23,8 +23,8 @@ from tunesmith.errors import Stopped
 from tunesmith.evaluation.report.advice import next_command
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.parallel.world import place_of
-from tunesmith.phrases import PHASES, command, one_line, percent, plural, visible
-from tunesmith.summaries.words import choice_line, first_facts, metric_line, plan_facts, step_line
+from tunesmith.phrases import command, one_line, percent, plural, visible
+from tunesmith.summaries.words import PHASES, choice_line, first_facts, metric_line, plan_facts, step_line
 from tunesmith.types import Event, Record
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from tunesmith.cli.render import print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
 from tunesmith.evaluation.metrics import info_of, refuse_no_answers
-from tunesmith.phrases import PHASES, one_line, plural, visible
+from tunesmith.phrases import one_line, plural, visible
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.summaries.runs import settings_that_differ
-from tunesmith.summaries.words import loss, option
+from tunesmith.summaries.words import PHASES, loss, option
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import orjson
 import typer
@@ -15,18 +15,19 @@ from tunesmith.cli.options import Json, Offline, Root, named, refuse_missing
 from tunesmith.cli.render import print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
-from tunesmith.phrases import PHASES, listed, one_line, plural, visible
+from tunesmith.phrases import listed, one_line, plural, visible
 from tunesmith.runs.atomic import refuse_existing, write_atomic, writing
-from tunesmith.types import JsonObject, Record
+from tunesmith.types import REWARD_KEY, JsonObject, Record
 
 if TYPE_CHECKING:
     from tunesmith.graders.grade import Answer
+    from tunesmith.graders.pool import Scorer
     from tunesmith.graders.prompts import Prompt
+    from tunesmith.graders.schema import Grader, RewardRun
     from tunesmith.graders.trial import Graded
     from tunesmith.graders.verdict import Verdict
 
 ROWS_OF_MODEL = 64
-WORDS = {**PHASES, "draw": "drawing answers", "grade": "grading"}
 Say = Callable[[str], None]
 Tick = Callable[[str, int, int], None]
 
@@ -76,17 +77,17 @@ def grade(
     def say(words: str) -> None:
         screen.print(visible(words), style="bright_black")
 
-    loaded, every = _given(data, grader, model, offline)
+    loaded, every = _read(data, grader, model, offline)
     num = min(rows or (ROWS_OF_MODEL if model and not keep else len(every)), len(every))
     prompts = [every[i * len(every) // num] for i in range(num)]
     if num < len(every):
         say(f"{num:,} of {plural(len(every), 'row')} are taken, evenly over the file (--rows)")
-    how = {"num": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    drawing = None if model is None else _Drawing(named(model, root), root, offline, seed, how)
+    drawing = None
+    if model is not None:
+        drawing = _Drawing(named(model, root), root, offline, seed, samples, max_new_tokens, temperature)
     graded = _graded(loaded, prompts, drawing, say, root=root, offline=offline)
-    judged = _show(
-        prompts, graded, passes, page, say, {"data": data, "grader": grader, "target": model}, as_json=as_json
-    )
+    names = {"data": data, "grader": grader, "target": model}
+    judged = _show(prompts, graded, passes, page, say, names, as_json=as_json)
     if bounds is not None and out is not None:
         _keep(prompts, graded, bounds, out, say)
     if any(entry.refuses for entry in judged):
@@ -101,10 +102,13 @@ class _Drawing:
     root: Path
     offline: bool
     seed: int
-    how: JsonObject
+    num: int
+    """Answers to each prompt."""
+    max_new_tokens: int
+    temperature: float
 
 
-def _given(data: str, grader: str, model: str | None, offline: bool) -> tuple[Any, list[Prompt]]:
+def _read(data: str, grader: str, model: str | None, offline: bool) -> tuple[Grader, list[Prompt]]:
     """The grader and all rows. Raises InputError, before anything heavy is loaded."""
     from tunesmith.cli.display import pinned
     from tunesmith.graders import schema
@@ -119,10 +123,10 @@ def _given(data: str, grader: str, model: str | None, offline: bool) -> tuple[An
     return loaded, every
 
 
-def _scorer(root: Path, offline: bool) -> Callable[[Any], Any]:
+def _scorer(root: Path, offline: bool) -> Callable[[RewardRun], Scorer]:
     """The function that loads a reward run, only where there is one."""
 
-    def scorer_of(part: Any) -> Any:
+    def scorer_of(part: RewardRun) -> Scorer:
         from tunesmith.inference.reward_scores import RewardScorer
 
         return RewardScorer(part, root=root, offline=offline)
@@ -131,7 +135,7 @@ def _scorer(root: Path, offline: bool) -> Callable[[Any], Any]:
 
 
 def _graded(
-    grader: Any, prompts: Sequence[Prompt], drawing: _Drawing | None, say: Say, *, root: Path, offline: bool
+    grader: Grader, prompts: Sequence[Prompt], drawing: _Drawing | None, say: Say, *, root: Path, offline: bool
 ) -> list[Graded]:
     from tunesmith.cli.display import phases
     from tunesmith.graders.pool import Pool
@@ -139,7 +143,7 @@ def _graded(
 
     if drawing is not None:
         refuse_missing(drawing.model, drawing.root, offline=drawing.offline)
-    with Pool(grader, scorer_of=_scorer(root, offline)) as pool, phases(console(stderr=True), WORDS) as tick:
+    with Pool(grader, scorer_of=_scorer(root, offline)) as pool, phases(console(stderr=True)) as tick:
         if any(child.closes_network and not child.offline for child in pool.children.values()):
             say("note: this system lets no ordinary program close its network, so the grader's code has one")
         answers = [*played(prompts)]
@@ -202,10 +206,12 @@ def _with_model(
     from tunesmith.serve.samples import Question, SampledModel
 
     tick("load", 0, 1)
-    how, streams = drawing.how, max(16, 2 * drawing.how["num"])
+    streams, most = max(16, 2 * drawing.num), drawing.max_new_tokens
     source = SampledModel(drawing.model, root=drawing.root, offline=drawing.offline, streams=streams, note=say)
     questions = [Question(entry.messages, _seed(entry, drawing.seed), entry.tools) for entry in prompts]
-    answers = source.answers(questions, **how, progress=tick)
+    answers = source.answers(
+        questions, num=drawing.num, max_new_tokens=most, temperature=drawing.temperature, progress=tick
+    )
     refused = [(prompts[i].source, why) for i, why in enumerate(answers) if isinstance(why, str)]
     if refused:
         first = f"the first: {refused[0][0]}: {refused[0][1]}"
@@ -215,7 +221,7 @@ def _with_model(
     drawn = [(i, entry) for i, samples in enumerate(answers) if not isinstance(samples, str) for entry in samples]
     cut = sum(not entry.ended for _, entry in drawn)
     if cut > 0.05 * len(drawn):
-        say(f"note: {cut:,} of {plural(len(drawn), 'answer')} were cut at {how['max_new_tokens']} tokens: --max-tokens")
+        say(f"note: {cut:,} of {plural(len(drawn), 'answer')} were cut at {most} tokens: --max-tokens")
     counted = [(kind, i, replace(entry, tokens=source.num_tokens(entry.text))) for kind, i, entry in played]
     of_model = [(i, Answer(entry.text, entry.calls, entry.ended, entry.tokens)) for i, entry in drawn]
     return counted + [(MODEL, i, answer) for i, answer in of_model]
@@ -233,17 +239,17 @@ def _draw(values: JsonObject, judged: Sequence[Verdict]) -> None:
     from tunesmith.graders.verdict import lines_of
 
     screen = console()
-    print_table(screen, ["", "reward", "95 % interval", "from lowest to highest"], lines_of(values))
+    print_table(screen, ["", REWARD_KEY, "95 % interval", "from lowest to highest"], lines_of(values))
     for error in values["errors"]:
         first = error["first"][0]
         places = listed(dict.fromkeys(entry["source"] for entry in error["first"]), 3)
         screen.print(visible(f"{error['num']:,} without reward, {FAILURES[error['kind']]}: {places}"))
         screen.print(visible(f"  of {PLAYED[first['of']]}: {one_line(first['error'][-300:], 300)}"))
-    is_alike = len({entry["reward"] for entry in (*values["best"], *values["worst"])}) < 2
+    is_alike = len({entry[REWARD_KEY] for entry in (*values["best"], *values["worst"])}) < 2
     for title in () if is_alike else ("best", "worst"):
         screen.print(f"{title}:")
         for entry in values[title]:
-            screen.print(visible(f"  {entry['reward']:.3g}  {entry['source']}  {one_line(entry['answer'], 90)}"))
+            screen.print(visible(f"  {entry[REWARD_KEY]:.3g}  {entry['source']}  {one_line(entry['answer'], 90)}"))
     for entry in judged:
         screen.print(visible(("✗ " if entry.refuses else "") + entry.words))
 

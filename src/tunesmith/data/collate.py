@@ -5,9 +5,8 @@ language model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import lines_of, partner_line
-from tunesmith.data.images import pixels_of
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.sampler import padded_size, sort_keys
 from tunesmith.types import Batch, BatchImage, ImageRef, Layout, Row
@@ -28,8 +26,8 @@ if TYPE_CHECKING:
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Targets of a row: flat positions in the micro-batch that predict, and what each of them predicts."""
-PixelsOf = Callable[[Any], Mapping[str, torch.Tensor]]
-"""A picture of Pillow as the arguments of a model's `get_image_features`."""
+BatchImages = Callable[[Iterable[Sequence[ImageRef]]], tuple[BatchImage, ...]]
+"""See `data.images.batch_images`."""
 LinesOf = Literal["all", "learnt", "partners"]
 """Lines of a row with a partner: its own, which are learnt; its prompt with the partner's answer; or both."""
 RANDOM_BEYOND, KEPT_BEYOND = 0.8, 0.9
@@ -101,8 +99,8 @@ class Collator:
     """See `models.special_tokens.pad_id`."""
     pools: bool = False
     """Whether trained tokens are pooled, see `Task.pools`."""
-    pixels: PixelsOf | None = None
-    """Prepares an image; None: a model that reads text alone."""
+    batch_images: BatchImages | None = None
+    """Makes images of rows ready for a pass; None: rows have none."""
 
     def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
         """Make the batch of rows of the store: `members` are their indices.
@@ -134,13 +132,12 @@ class Collator:
         return pad_to_multiple(batch) if self.pads else batch
 
     def _images(self, rows: Sequence[Row]) -> tuple[BatchImage, ...]:
-        numbers = [number for row in rows for number in row.images]
-        if not numbers:
+        if not any(row.images for row in rows):
             return ()
         table = self.store.images
         assert table is not None, "a store of rows with images has them"
-        assert self.pixels is not None, "rows with images were encoded for a model that sees"
-        return batch_images([table[number] for number in numbers], self.pixels)
+        assert self.batch_images is not None, "rows with images were encoded for a model that sees"
+        return self.batch_images([[table[number] for number in row.images] for row in rows])
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
         targets = self.store.learnt
@@ -178,15 +175,6 @@ class Collator:
     def _content_number(self, index: int) -> int:
         """A number for the content of a row: the content hash of its example plus the number of the window."""
         return int(self.store.hashes[index]) + int(self.store.windows[index])
-
-
-def batch_images(images: Sequence[ImageRef], pixels: PixelsOf) -> tuple[BatchImage, ...]:
-    """The images of a batch's rows, in their order; none is read before its pixels are needed."""
-    return tuple(BatchImage(image.number, partial(_prepared, image, pixels)) for image in images)
-
-
-def _prepared(image: ImageRef, pixels: PixelsOf) -> Mapping[str, torch.Tensor]:
-    return pixels(pixels_of(image))
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

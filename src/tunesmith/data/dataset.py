@@ -307,8 +307,8 @@ def build(
         key = _key(hashes, suffixes, data, renderer, [_image_folder(file, data) for file in files])
         paths = [file.path for file in files]
         summary = find(folder, key)
-        if summary is not None and not _is_current(folder, summary):
-            summary = None
+        if summary is not None and summary.images and not ImageTable(images_path(folder, key)).is_current():
+            summary = None  # its images are not as they were
         if summary is None:
             with disk.storing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -405,11 +405,6 @@ def images_path(folder: Path, key: str) -> Path:
 def _paths(folder: Path, key: str) -> list[Path]:
     """The files of a store, its summary last; the one of images is not always there."""
     return [images_path(folder, key), arrow_path(folder, key), json_path(folder, key)]
-
-
-def _is_current(folder: Path, summary: Summary) -> bool:
-    """Whether the images of found rows are as they were."""
-    return not summary.images or ImageTable(images_path(folder, summary.key)).is_current()
 
 
 def open_kept(folder: Path, key: str | None) -> RowStore | None:

@@ -17,7 +17,7 @@ from tunesmith.data.columns import explain, meanings, sample
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FIELDS, FORMATS, NAMED, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.comparisons import differ_in_space_alone
-from tunesmith.data.formats.row_images import FIELDS as IMAGE_FIELDS
+from tunesmith.data.formats.row_images import IMAGE_FIELDS
 from tunesmith.data.images import BadImage, look_at
 from tunesmith.data.problems import RowProblems, names, refusal
 from tunesmith.data.read import OnProblem, read, reread
@@ -289,11 +289,11 @@ def _unplaced_images(record: Record, source: Source, shape: Shape) -> list[Probl
     return [Problem(source, "no_images_here", message, fix)]
 
 
-def _reference(record: Record, shape: Shape, source: Source) -> Any:
+def _reference(record: JsonObject, shape: Shape, source: Source) -> Any:
     """The row's own answer, which a prediction is compared with; None: it has none."""
     if shape in _ANSWER:
         return record.get(_ANSWER[shape])
-    parsed = FORMATS[shape].parse(record, source, answered=True) if shape != "text" else ()
+    parsed = FORMATS[shape].parse(record, source) if shape != "text" else ()
     if not isinstance(parsed, Example) or not parsed.first_line[-1].trained:
         return None
     last = parsed.first_line[-1]

@@ -59,7 +59,7 @@ class ImageWriter:
                 self._hashes[image.number] = image.sha256
                 new.append(image)
             elif known != image.sha256:
-                raise DataError(f"{image.path or 'an image'}: its hash begins as another image's. Save it anew.")
+                raise DataError(f"{image}: its hash begins as another image's. Save it anew.")
         if not new:
             return
         if self._sink is None:

@@ -3,7 +3,7 @@
 A row names a file in the folder of its data file (or `data.image_folder`), or brings the bytes of
 one. `look_at` reads no more than the header; `check_whole` decodes it once, while rows are
 encoded; `pixels_of` decodes it for the model. Pillow is the only reader, and tries no format but
-`FORMATS`. No address is ever opened.
+`IMAGE_FORMATS`. No address is ever opened.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.environment import install_command
 from tunesmith.errors import DataError
-from tunesmith.types import ImageRef
+from tunesmith.types import BatchImage, ImageRef, Placeholders
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from tunesmith.recipe.schema import Limits
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _DATA_URI = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _KINDS = (
@@ -164,7 +166,7 @@ def _opened(content: bytes) -> Iterator[Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with pillow.open(io.BytesIO(content), formats=FORMATS) as picture:
+            with pillow.open(io.BytesIO(content), formats=IMAGE_FORMATS) as picture:
                 yield picture
         except BadImage:
             raise
@@ -173,7 +175,7 @@ def _opened(content: bytes) -> Iterator[Image]:
                 raise BadImage("damaged_image", "its header is damaged.", _AGAIN) from None
             kind = next((name for start, name in _KINDS if content.lstrip().startswith(start)), "no known format")
             message = f"it is not an image that is read here ({kind if content else 'it is empty'})."
-            raise BadImage("image_format", message, f"Save it as one of {', '.join(FORMATS)}.") from None
+            raise BadImage("image_format", message, f"Save it as one of {', '.join(IMAGE_FORMATS)}.") from None
         except pillow.DecompressionBombError:
             raise BadImage("image_too_large", "it has more pixels than Pillow opens.", "Make it smaller.") from None
         except _DAMAGED as error:
@@ -216,12 +218,21 @@ def pixels_of(image: ImageRef) -> Image:
             picture.load()
             shown = _as_rgb(picture)
     except BadImage as bad:
-        raise DataError(f"{image.path or 'an image'}: {bad.message} It was whole when rows were encoded.") from bad
+        raise DataError(f"{image}: {bad.message} It was whole when rows were encoded.") from bad
     if turn is not None:
         from PIL.Image import Transpose
 
         shown = shown.transpose(Transpose[turn])
     return shown
+
+
+def batch_images(rows: Iterable[Sequence[ImageRef]], placeholders: Placeholders) -> tuple[BatchImage, ...]:
+    """The images of a batch, row by row; none is read before its pixels are needed."""
+
+    def prepared(image: ImageRef) -> Mapping[str, Tensor]:
+        return placeholders.pixels(pixels_of(image))
+
+    return tuple(BatchImage(image.number, partial(prepared, image)) for images in rows for image in images)
 
 
 def _bytes_of(image: ImageRef) -> bytes:

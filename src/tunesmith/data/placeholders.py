@@ -81,9 +81,9 @@ class ImageCheck:
             try:
                 self._notes[image.sha256] = check_whole(image)
             except BadImage as bad:
-                raise BadImage(bad.code, f"{image.path or 'an image'}: {bad.message}", bad.fix) from bad
+                raise BadImage(bad.code, f"{image}: {bad.message}", bad.fix) from bad
         return self._notes[image.sha256]
 
 
 def _warning(source: Source, image: ImageRef, code: str, message: str) -> Problem:
-    return Problem(source, code, f"{image.path or 'an image'}: {message}", severity="warning")
+    return Problem(source, code, f"{image}: {message}", severity="warning")

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.images import batch_images
 from tunesmith.data.read_json import strings
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, fingerprint
 from tunesmith.types import (
     IGNORE,
+    BatchImage,
     Draft,
     Drafts,
     Example,
+    ImageRef,
     ModelKind,
     Part,
     Placeholders,
@@ -168,7 +171,7 @@ class Renderer:
 
     def __post_init__(self, task: Task) -> None:
         fast, limit = FastTokenizer(self.tokenizer), LengthLimit(self.max_tokens, self.too_long)
-        self.task_name = task.name
+        self.task_name, self._shows_images = task.name, task.shows_images
         encoder = resolve_name(task.encoder) if isinstance(task.encoder, str) else task.encoder
         options = (self.kind, self.stride, self.prompt, self.date, self.pooling, self.placeholders)
         self._encoder: RowEncoder = encoder(EncoderSettings(self.tokenizer, fast, limit, *options))
@@ -232,13 +235,18 @@ class Renderer:
         if not example.images:
             return []
         fix = "Use a model that sees, or remove the image."
-        if self.task_name != "chat":
+        if not self._shows_images:
             message = f"it has an image, and the task {self.task_name} has no place for images."
             return [Problem(example.source, "no_images_here", message, "Use task: chat, or remove it.")]
         if self.placeholders is None:
             message = "it has an image, and this model reads text alone."
             return [Problem(example.source, "no_images_here", message, fix)]
         return []
+
+    def batch_images(self, rows: Iterable[Sequence[ImageRef]]) -> tuple[BatchImage, ...]:
+        """The images of rows for a pass of the model, see `data.images.batch_images`."""
+        assert self.placeholders is not None, "rows and prompts with images are refused without them"
+        return batch_images(rows, self.placeholders)
 
     def control_problems(self, example: Example) -> list[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""

@@ -27,7 +27,7 @@ HISTOGRAM_BINS = 10
 
 
 def graded_result(content: int, answers: Sequence[Record], passes: float) -> JsonObject | None:
-    """The result of one prompt, whose content hash is given, from its answers: {"text", "reward", "scores",
+    """The result of one prompt, whose content hash is `content`, from its answers: {"text", "reward", "scores",
     "ended", "tokens"}. None where none of them has a reward.
 
     Its loss is minus its mean reward, which training makes smaller. `passes`: reward

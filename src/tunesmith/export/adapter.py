@@ -80,10 +80,10 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     """The adapter on the base of the recipe: by peft if that is installed."""
     located = resolve_base(recipe, offline=True)
     kind = model_kind(located)
-    head = find_head(recipe.task, located, kind)
+    head, labels = find_head(recipe.task, located, kind), run_labels(recipe.task, recipe.data)
     tokenizer = load_tokenizer(ModelRef("folder", folder, str(folder)), None)
     model = load_model(
-        located, dtype=computing.dtype, device=computing.device, head=head, labels=run_labels(recipe), seed=recipe.seed,
+        located, dtype=computing.dtype, device=computing.device, head=head, labels=labels, seed=recipe.seed,
         tokenizer=tokenizer,
     )  # fmt: skip
     resize_embeddings(model, new_tokens_of(recipe.data.new_tokens, located))

@@ -178,7 +178,17 @@ def open_result(
     kind = model_kind(base)
     head = find_head(recipe.task, base, kind)
     return RunResult(
-        run, recipe, base, folder, tokenizer, kind, head, run_labels(recipe), hashes, unchecked, on_progress
+        run,
+        recipe,
+        base,
+        folder,
+        tokenizer,
+        kind,
+        head,
+        run_labels(recipe.task, recipe.data),
+        hashes,
+        unchecked,
+        on_progress,
     )
 
 

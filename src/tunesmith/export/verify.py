@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tunesmith.data.branches import lines_of
-from tunesmith.data.collate import Masking, batch_images, build_batch
+from tunesmith.data.collate import Masking, build_batch
 from tunesmith.data.examples import examples
 from tunesmith.data.formats import FORMATS, find_shape
 from tunesmith.data.labels import targets
@@ -44,7 +44,7 @@ from tunesmith.inference.load import LoadedModel, load_base, load_run, make_rend
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.phrases import percent
 from tunesmith.recipe import load as recipe_file
-from tunesmith.recipe.schema import Base
+from tunesmith.recipe.origin import Base
 from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS
@@ -170,9 +170,8 @@ def compute(
     settings: dict[str, Any] = {"decoder_start": model.decoder_start, "has_types": model.has_types}
     for i, row in enumerate(encoded, start=1):
         batch = build_batch([row], [0], layout=layout, device=model.device, pools=model.head == "vector", **settings)
-        if row.images and renderer.placeholders is not None:
-            images = [known[number] for number in row.images]
-            batch = replace(batch, images=batch_images(images, renderer.placeholders.pixels))
+        if row.images:
+            batch = replace(batch, images=renderer.batch_images([[known[number] for number in row.images]]))
         logits_NV = model.logits(batch)
         if len(logits_NV) == 0:
             continue
@@ -399,7 +398,8 @@ def exported_outputs(
         "examples": [asdict(example) for example in rows.examples],
     }  # fmt: skip
     path = work / "job.json"
-    path.write_text(json.dumps(facts, default=_in_base64), encoding="utf-8")
+    text = json.dumps(facts, default=lambda content: b64encode(content).decode())  # the bytes of an image
+    path.write_text(text, encoding="utf-8")
     launch(path, partial(result.on_progress, "verify"), expected_s=plan.seconds)
     return Outputs.load(work)
 
@@ -434,7 +434,7 @@ def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
             (path.parent / PROGRESS).write_text(f"{done} {total}", "utf-8")
 
     settings: dict[str, Any] = {"masked": recipe.train.masked, "tokens": job["tokens"], "tick": tick}
-    outputs = compute(model, renderer, rows, labels=run_labels(recipe), **settings)
+    outputs = compute(model, renderer, rows, labels=run_labels(recipe.task, recipe.data), **settings)
     replace(outputs, loaded_by=model.loaded_by).save(path.parent)
 
 
@@ -448,8 +448,3 @@ def _example(values: Record) -> Example:
 def _part(values: Record) -> Part:
     images = ((place, ImageRef(**{**image, "data": b64decode(image["data"])})) for place, image in values["images"])
     return Part(**{**values, "images": tuple(images)})
-
-
-def _in_base64(content: bytes) -> str:
-    """The bytes of an image in a job's file."""
-    return b64encode(content).decode()

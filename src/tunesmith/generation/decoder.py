@@ -333,13 +333,13 @@ def _decoded(decoder: Decoder, texts: Sequence[list[int]]) -> list[Tensor]:
     prompts = [ids[:num] for ids, (_, num) in zip(texts, PROBES, strict=True)]
     for parts in ([ids[: len(ids) // 2] for ids in prompts], [ids[len(ids) // 2 :] for ids in prompts]):
         decoder.step({}, list(zip(slots, parts, strict=True)))
-    decoding = {decoder.fork(slot, 1)[0]: i for i, slot in enumerate(slots)}
+    unread = {decoder.fork(slot, 1)[0]: i for i, slot in enumerate(slots)}
     last_logits: dict[int, Tensor] = {}
-    while decoding:
-        slots, logits_NV = decoder.step({slot: texts[i][slot.length] for slot, i in decoding.items()}, [])
+    while unread:
+        slots, logits_NV = decoder.step({slot: texts[i][slot.length] for slot, i in unread.items()}, [])
         for slot, logits_1V in zip(slots, logits_NV[:, None], strict=True):
-            if slot.length == len(texts[decoding[slot]]):
-                last_logits[decoding.pop(slot)] = logits_1V
+            if slot.length == len(texts[unread[slot]]):
+                last_logits[unread.pop(slot)] = logits_1V
                 decoder.close(slot)
     return [last_logits[i] for i in range(len(texts))]
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tunesmith.errors import ModelError, NonFiniteError, OutOfMemoryError
+from tunesmith.data.renderer import Renderer
+from tunesmith.errors import ModelError, OutOfMemoryError
 from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import BatchedDecoder, Decoder, decoding, why_not_batched
 from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError
-from tunesmith.generation.scheduler import PreparedRequest, Scheduler
+from tunesmith.generation.scheduler import PreparedRequest, Scheduler, not_finite
 from tunesmith.models.memory import peak_memory_bytes
 
 
@@ -49,8 +50,18 @@ class Draw:
     max_new_tokens: int
     streams: int
     """Most answers that are decoded together. Another number changes rounding."""
-    strip: bool
-    """Whether white space around a text is left out."""
+
+    @classmethod
+    def of(cls, renderer: Renderer, *, num: int, temperature: float, max_new_tokens: int, streams: int) -> Draw:
+        """Draws by the tokenizer of a renderer, until a token that it knows as an end."""
+        return cls(
+            tokenizer=renderer.tokenizer,
+            stop_ids=frozenset(renderer.stop_ids),
+            num=num,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            streams=streams,
+        )
 
 
 def refuse_undrawable(name: str, model: PreTrainedModel) -> None:
@@ -74,12 +85,12 @@ def draw_answers(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
-    how: Draw,
+    settings: Draw,
     *,
     adapter: str | None = None,
     on_answers: Callable[[int, Sequence[DrawnAnswer]], None] = lambda prompt, answers: None,
 ) -> list[list[DrawnAnswer]]:
-    """`how.num` answers to each prompt, token ids. Those of one prompt follow from its seed, whatever else is
+    """`settings.num` answers to each prompt, token ids. Those of one prompt follow from its seed, whatever else is
     drawn. `adapter`: its name in the decoder's set; None: the model as it is. `on_answers` gets the number of a
     prompt and its answers as soon as all of them have ended.
 
@@ -87,37 +98,37 @@ def draw_answers(
     NonFiniteError for logits that are no numbers.
     """
     answers: dict[int, list[DrawnAnswer]] = {}
-    streams, waiting = max(how.streams, how.num), list(range(len(prompts)))
+    streams, waiting = max(settings.streams, settings.num), list(range(len(prompts)))
     while waiting:
-        requests = [_request(i, prompts[i], seeds[i], how, adapter) for i in waiting]
+        requests = [_request(i, prompts[i], seeds[i], settings, adapter) for i in waiting]
         for i, drawn in _drawn(Scheduler(decoder, streams=streams), requests):
             answers[i] = drawn
             on_answers(i, drawn)
         failed = [i for i in waiting if i not in answers]
-        if failed and streams <= how.num:
+        if failed and streams <= settings.num:
             lengths = [len(prompts[i]) for i in failed]
             raise OutOfMemoryError(
-                f"out of memory while {how.num} answers of up to {how.max_new_tokens:,} tokens were drawn to a prompt "
-                f"of {max(lengths):,}. Fewer reinforce.samples or reinforce.max_new_tokens take less.",
+                f"out of memory while {settings.num} answers of up to {settings.max_new_tokens:,} tokens were drawn "
+                f"to a prompt of {max(lengths):,}. Fewer reinforce.samples or reinforce.max_new_tokens take less.",
                 step=0,
                 lengths=lengths,
                 peak=peak_memory_bytes(decoder.model.device),
             )
-        waiting, streams = failed, max(how.num, streams // 2)
+        waiting, streams = failed, max(settings.num, streams // 2)
     return [answers[i] for i in range(len(prompts))]
 
 
-def _request(key: int, prompt: Sequence[int], seed: int, how: Draw, adapter: str | None) -> PreparedRequest:
-    request = GenerationRequest("", temperature=how.temperature, seed=seed, n=how.num)
+def _request(key: int, prompt: Sequence[int], seed: int, settings: Draw, adapter: str | None) -> PreparedRequest:
+    request = GenerationRequest("", temperature=settings.temperature, seed=seed, n=settings.num)
     return PreparedRequest(
         key,
         tuple(prompt),
-        how.tokenizer,
+        settings.tokenizer,
         request,
         adapter=adapter,
-        max_new_tokens=how.max_new_tokens,
-        stop_ids=how.stop_ids,
-        strip=how.strip,
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=settings.stop_ids,
+        strip=True,
         keeps=True,
     )
 
@@ -131,9 +142,7 @@ def _drawn(scheduler: Scheduler, requests: Sequence[PreparedRequest]) -> Iterato
     while scheduler.is_busy:
         for key, event in scheduler.step():
             if isinstance(event, RequestError) and event.code != "out_of_memory":
-                raise NonFiniteError(
-                    f"while answers were drawn: {event}. Set precision: float32, or lower optim.lr if steps were made."
-                )
+                raise not_finite(event, "drawn")
             if isinstance(event, Delta):
                 texts[key, event.index].append(event.text)
             elif isinstance(event, Finished):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from tunesmith.data.collate import batch_images
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import is_out_of_memory
 from tunesmith.models.image_features import image_inputs
@@ -66,8 +65,7 @@ def generate(
     ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
     seen: JsonObject = {}
     if any(images):
-        assert renderer.placeholders is not None, "a renderer without them refuses prompts with images"
-        shown = batch_images([image for of_prompt in images for image in of_prompt], renderer.placeholders.pixels)
+        shown = renderer.batch_images(images)
         with eval_mode(model):
             seen, reads = image_inputs(model, ids_BT, mask_BT, shown), {}
     out_BT = _generate(model, renderer, max_new_tokens, ids_BT, mask_BT, seen=seen, **reads)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from tunesmith.errors import is_out_of_memory
+from tunesmith.errors import NonFiniteError, is_out_of_memory
 from tunesmith.generation.decoder import Decoder, PromptPart, SeeingDecoder
 from tunesmith.generation.kv_cache import SequenceSlot, room_for
 from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError, Started, StreamEvent
@@ -100,6 +100,12 @@ class _Answer:
     num_tokens: int = 0
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+
+
+def not_finite(error: RequestError, work: str) -> NonFiniteError:
+    """The error of a run for an answer that failed, but not by memory. `work`: what was done to answers."""
+    way = "Set precision: float32, or lower optim.lr if steps were made."
+    return NonFiniteError(f"while answers were {work}: {error}. {way}")
 
 
 class Scheduler:

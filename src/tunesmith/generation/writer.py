@@ -10,17 +10,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import NonFiniteError, OutOfMemoryError
+from tunesmith.errors import OutOfMemoryError
 from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import BatchedDecoder, decoding, why_not_batched
 from tunesmith.generation.padded import LEAST_CHUNK, GeneratedAnswer, ImagesOf, generate_within, prompt_batches
 from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError
-from tunesmith.generation.scheduler import PreparedRequest, ResumedAnswer, Scheduler, places_room
+from tunesmith.generation.scheduler import PreparedRequest, ResumedAnswer, Scheduler, not_finite, places_room
 from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.tasks import TASKS
 
@@ -99,10 +98,7 @@ class Writing:
                 for key, event in scheduler.step():
                     if isinstance(event, RequestError):
                         if event.code != "out_of_memory":
-                            raise NonFiniteError(
-                                f"while answers were written: {event}. Set precision: float32, or lower optim.lr if "
-                                "steps were made."
-                            )
+                            raise not_finite(event, "written")
                         del self._rooms[key]
                         self._texts.pop(key, None)
                         scheduler.streams = max(1, scheduler.running)
@@ -145,13 +141,13 @@ class AnswerWriter:
         OutOfMemoryError where not even one at a time fits, and NonFiniteError."""
         answers: dict[int, GeneratedAnswer] = {}
         longest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-        seeing = [i for i in longest_first if images and images[i]]
-        self._write_padded(prompts, seeing, answers, tick, images)
-        blind = [i for i in longest_first if i not in answers]
-        if blind and self.why_padded:
-            self._write_padded(prompts, blind, answers, tick)
-        elif blind:
-            self._write_together(prompts, blind, answers, tick)
+        with_images = [i for i in longest_first if images and images[i]]
+        self._write_padded(prompts, with_images, answers, tick, images)
+        left = [i for i in longest_first if i not in answers]
+        if left and self.why_padded:
+            self._write_padded(prompts, left, answers, tick)
+        elif left:
+            self._write_together(prompts, left, answers, tick)
         return [answers[i] for i in range(len(prompts))]
 
     def _write_together(
@@ -182,8 +178,7 @@ class AnswerWriter:
         most = self.tokens_per_pass
         for batch in prompt_batches(prompts, numbers, self.new_tokens, most):
             inputs, shown = [prompts[i] for i in batch], [images[i] for i in batch] if images else ()
-            how: dict[str, Any] = {"most": most, "images": shown}
-            written = generate_within(self.model, self.renderer, inputs, self.new_tokens, **how)
+            written = generate_within(self.model, self.renderer, inputs, self.new_tokens, most=most, images=shown)
             answers |= zip(batch, written, strict=True)
             tick(len(answers))
 

@@ -34,11 +34,12 @@ from typing import Any
 
 from tunesmith.environment import limit_process
 from tunesmith.graders.grade import GradeError
+from tunesmith.types import REWARD_KEY, JsonObject, Record
 
-Work = Callable[[Mapping[str, Any]], Any]
-Limits = Mapping[str, Any]
+Work = Callable[[Record], Any]
+Limits = Record
 """{memory_bytes, seconds} of a grade, or of a test."""
-Answer = dict[str, Any]
+Answer = JsonObject
 """{"value": what a grader returned}, or {"kind", "error"} as in `grade.Grade`."""
 FILE_BYTES = 64 * 2**20
 """Largest file that a grade may write."""
@@ -55,22 +56,22 @@ def main() -> None:
     os.dup2(2, 1)
     sys.path[:] = [path for path in sys.path if path]
 
-    def say(message: Mapping[str, Any]) -> None:
+    def say(message: Record) -> None:
         out.write(json.dumps(message).encode() + b"\n")
         out.flush()
 
-    given = json.loads(sys.stdin.buffer.readline() or b"{}")
-    if not given:
+    to_load = json.loads(sys.stdin.buffer.readline() or b"{}")
+    if not to_load:
         return
     _prctl(_SUBREAPER)
-    offline = given["offline"] and _without_network()
-    limits = {"memory_bytes": given["memory_bytes"], "seconds": given["seconds"]}
+    offline = to_load["offline"] and _without_network()
+    limits = {"memory_bytes": to_load["memory_bytes"], "seconds": to_load["seconds"]}
     try:
-        work = _loaded(given)
+        work = _loaded(to_load)
     except BaseException as error:
         say(_problem(error))
         return
-    say({"files": _own_files(given.get("file", "")), "offline": offline})
+    say({"files": _own_files(to_load.get("file", "")), "offline": offline})
     for line in sys.stdin.buffer:
         request = json.loads(line)
         say(_graded(request, work, limits, request["seed"]))
@@ -88,24 +89,25 @@ def _without_network() -> bool:
     return unshare is not None and unshare(_NEW_USER | _NEW_NET) == 0
 
 
-def _loaded(given: Mapping[str, Any]) -> Work | None:
+def _loaded(to_load: Record) -> Work | None:
     """The function that grades; None: tests of answers are run."""
-    if given["what"] == "tests":
+    if to_load["what"] == "tests":
         return None
-    if given["what"] == "text":
-        from tunesmith.graders.schema import TextSimilarity, from_value
+    if to_load["what"] == "text":
+        from tunesmith.graders.schema import TextGrader, TextSimilarity, from_value
         from tunesmith.graders.texts import grade_text, similarity
 
-        grader = from_value(given["grader"])
+        grader = from_value(to_load["grader"])
+        assert isinstance(grader, TextGrader), "no other kind is loaded from a text"
         if isinstance(grader, TextSimilarity):
             similarity(grader.evaluation_metric, "a", "a")  # its library is imported once, not by each fork
         return lambda request: grade_text(grader, request["sample"], request["item"])
-    file = Path(given["file"])
+    file = Path(to_load["file"])
     sys.path.insert(0, str(file.parent))
     module = _module(MODULE, file)
-    function = getattr(module, given["function"], None)
+    function = getattr(module, to_load["function"], None)
     if not callable(function):
-        raise LookupError(f"{file.name} has no function {given['function']}")
+        raise LookupError(f"{file.name} has no function {to_load['function']}")
     return _called(function)
 
 
@@ -124,7 +126,7 @@ def _called(function: Callable[..., Any]) -> Work:
     if "completions" not in names:
         return lambda request: function(request["sample"], request["item"])
 
-    def as_trl(request: Mapping[str, Any]) -> Any:
+    def as_trl(request: Record) -> Any:
         sample, item = request["sample"], request["item"]
         is_chat = isinstance(item.get("prompt", []), list)
         text = sample["output_text"]
@@ -152,7 +154,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _graded(request: Mapping[str, Any], work: Work | None, limits: Limits, seed: int) -> Answer:
+def _graded(request: Record, work: Work | None, limits: Limits, seed: int) -> Answer:
     with suppress(OSError):
         os.ftruncate(2, 0)  # of what earlier grades printed
         os.lseek(2, 0, os.SEEK_SET)
@@ -164,7 +166,7 @@ def _graded(request: Mapping[str, Any], work: Work | None, limits: Limits, seed:
     return {"value": passed / len(request["tests"])}
 
 
-def _say(write: int, answer: Mapping[str, Any]) -> None:
+def _say(write: int, answer: Record) -> None:
     data = memoryview(json.dumps(answer).encode() + b"\n")
     while data:
         data = data[os.write(write, data) :]
@@ -185,18 +187,18 @@ def _problem(error: BaseException) -> Answer:
     return {"kind": "memory" if isinstance(error, MemoryError) else "exception", "error": _trace(error)}
 
 
-def _value_of(work: Work, request: Mapping[str, Any]) -> Answer:
+def _value_of(work: Work, request: Record) -> Answer:
     """The reward that a grader returns: a finite number, or numbers by name of which `reward` counts."""
     value = work(request)
-    scores = dict(value) if isinstance(value, Mapping) else {"reward": value}
+    scores = dict(value) if isinstance(value, Mapping) else {REWARD_KEY: value}
     numbers = {str(name): _number(value) for name, value in scores.items()}
-    if numbers.get("reward") is None:
-        what = (
-            repr(scores["reward"])[:80] if "reward" in scores else f"no reward among {', '.join(numbers) or 'nothing'}"
-        )
+    if numbers.get(REWARD_KEY) is None:
+        what = f"no {REWARD_KEY} among {', '.join(numbers) or 'nothing'}"
+        if REWARD_KEY in scores:
+            what = repr(scores[REWARD_KEY])[:80]
         return {"kind": "not_a_number", "error": f"it gave {what}; a grade is a finite number"}
     return {
-        "value": numbers.pop("reward"),
+        "value": numbers.pop(REWARD_KEY),
         "scores": {name: number for name, number in numbers.items() if number is not None},
     }
 

@@ -12,12 +12,12 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from tunesmith.environment import for_child, python_words
 from tunesmith.errors import InputError
 from tunesmith.graders import schema
 from tunesmith.graders.grade import GradeError
+from tunesmith.types import JsonObject, Record
 
 LOAD_S = 60.0
 """Longest time in which the code of a grader is loaded."""
@@ -32,7 +32,7 @@ FIXED_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTW
 class Children:
     """Runs the code of one grader, in as many processes as ask at the same time."""
 
-    def __init__(self, grader: Any) -> None:
+    def __init__(self, grader: schema.LimitedGrader) -> None:
         if not hasattr(os, "fork"):
             raise InputError(f"{grader.type}: code of graders needs Linux or macOS. On Windows, run tunesmith in WSL.")
         self._grader = grader
@@ -46,7 +46,7 @@ class Children:
         self.closes_network = isinstance(grader, OFFLINE)
         self._idle.put(first)
 
-    def ask(self, request: Mapping[str, Any], times: int = 1) -> Mapping[str, Any]:
+    def ask(self, request: Record, times: int = 1) -> Record:
         """The value and the scores of a request that takes up to `times` the limit. Raises GradeError."""
         try:
             child = self._idle.get_nowait()
@@ -76,7 +76,7 @@ class Children:
 
 
 class _Child:
-    def __init__(self, grader: Any) -> None:
+    def __init__(self, grader: schema.LimitedGrader) -> None:
         names = (*KEPT_ENV, *getattr(grader, "env", ()))
         env = {name: value for name, value in for_child().items() if name in names} | FIXED_ENVIRONMENT
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
@@ -94,7 +94,7 @@ class _Child:
             raise InputError(f"{_place(grader)}: the grader cannot be loaded: {error}") from None
         self.files, self.offline = loaded["files"], loaded["offline"]
 
-    def ask(self, request: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
+    def ask(self, request: Record, seconds: float) -> Record:
         """Raises GradeError where the process ends, or says nothing in time."""
         out = self._process.stdout
         assert out is not None, "it is a pipe"
@@ -139,11 +139,11 @@ class _Child:
         self._folder.cleanup()
 
 
-def _place(grader: Any) -> str:
+def _place(grader: schema.LimitedGrader) -> str:
     return grader.file if isinstance(grader, schema.Function) else grader.name or grader.type
 
 
-def _to_load(grader: Any, folder: str) -> dict[str, Any]:
+def _to_load(grader: schema.LimitedGrader, folder: str) -> JsonObject:
     """Source that a process loads, with its limits; the text of a Python grader as a file in `folder`."""
     limits = {
         "seconds": grader.seconds,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tunesmith.types import JsonObject, Record
+
 Kind = Literal[
     "exception", "timeout", "memory", "died", "not_a_number", "unknown_variable", "not_json", "formula",
     "no_code", "unreachable", "refused", "unreadable",
@@ -40,13 +42,13 @@ class Answer:
     """An answer to be graded: a sample of a model, or a text that plays one."""
 
     text: str
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Record] = ()
     """Tool calls in OpenAI's shape."""
     ended: bool = True
     """False: it was cut at the most tokens."""
     tokens: int | None = None
 
-    def as_sample(self) -> dict[str, Any]:
+    def as_sample(self) -> JsonObject:
         """`sample` as a grader gets it: OpenAI's names, and ours `ended` and `tokens`."""
         message = {"role": "assistant", "content": self.text, "tool_calls": list(self.tools)}
         reason = "tool_calls" if self.tools else "stop" if self.ended else "length"

@@ -12,14 +12,14 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
-from typing import Any
 
 from tunesmith.errors import InputError
 from tunesmith.graders.grade import GradeError
 from tunesmith.graders.schema import ScoreModel
 from tunesmith.graders.templates import render
+from tunesmith.types import Record
 
 JUDGE_TRIES = 3
 FIRST_WAIT_S, LONGEST_RETRY_S = 1.0, 60.0
@@ -37,8 +37,8 @@ def key_of(grader: ScoreModel) -> str:
 
 def ask(
     grader: ScoreModel,
-    sample: Mapping[str, Any],
-    item: Mapping[str, Any],
+    sample: Record,
+    item: Record,
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> float:
@@ -46,10 +46,10 @@ def ask(
     low, high = grader.range
     messages = [{"role": turn.role, "content": render(turn.content, sample, item)} for turn in grader.input]
     rule = f'Answer in JSON: {{"steps": [short reasons], "result": a number from {low:g} to {high:g}}}. Nothing else.'
-    given = grader.sampling_params.model_dump(exclude_none=True)
-    if (most := given.pop("max_completions_tokens", None)) is not None:
-        given["max_tokens"] = most
-    body = {"model": grader.model, "messages": [*messages, {"role": "user", "content": rule}], **given}
+    params = grader.sampling_params.model_dump(exclude_none=True)
+    if (most := params.pop("max_completions_tokens", None)) is not None:
+        params["max_tokens"] = most
+    body = {"model": grader.model, "messages": [*messages, {"role": "user", "content": rule}], **params}
     body["response_format"] = {"type": "json_schema", "json_schema": _SCHEMA}
     return min(high, max(low, _number(_reply(grader, body, sleep))))
 
@@ -67,7 +67,7 @@ _SCHEMA = {
 }
 
 
-def _reply(grader: ScoreModel, body: Mapping[str, Any], sleep: Callable[[float], None]) -> Mapping[str, Any]:
+def _reply(grader: ScoreModel, body: Record, sleep: Callable[[float], None]) -> Record:
     address = f"{grader.address}/chat/completions"
     request = urllib.request.Request(address, json.dumps(body).encode(), method="POST")
     request.add_header("Content-Type", "application/json")
@@ -116,7 +116,7 @@ def _words_of(error: urllib.error.HTTPError) -> str:
         return " ".join(text.split())[:300] or str(error.reason)
 
 
-def _number(reply: Mapping[str, Any]) -> float:
+def _number(reply: Record) -> float:
     try:
         message = reply["choices"][0]["message"]
         refusal, text = message.get("refusal"), message.get("content")

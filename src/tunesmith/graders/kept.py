@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tunesmith.graders.grade import Grade
 from tunesmith.runs.atomic import from_json, storing, to_json
+from tunesmith.types import JsonObject
 
 
 class KeptGrades(dict[str, Grade]):
@@ -39,7 +39,7 @@ class KeptGrades(dict[str, Grade]):
                     break
                 size += len(line)
                 try:
-                    entry: dict[str, Any] = from_json(line)
+                    entry: JsonObject = from_json(line)
                     super().__setitem__(entry.pop("key"), Grade(**entry))
                 except (ValueError, KeyError, TypeError, AttributeError):
                     damaged.append(number)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from tunesmith.graders import schema
 from tunesmith.graders.grade import Grade, Kind
@@ -32,7 +31,7 @@ _WORDS = {
 """Fields that say more of an error."""
 
 
-def object_of(grader: Any, grade: Grade, seconds: float) -> JsonObject:
+def object_of(grader: schema.Grader, grade: Grade, seconds: float) -> JsonObject:
     """A grade in OpenAI's shape: all keys are always there, and the reward is a number beside an error too."""
     parts = schema.parts_of(grader)
     errors: JsonObject = {**dict.fromkeys(_FLAGS, False), **dict.fromkeys(_WORDS.values())}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from tunesmith.graders.grade import FAILURES
 from tunesmith.graders.trial import PLAYED
 from tunesmith.graders.verdict import Verdict, lines_of
 from tunesmith.phrases import plural
+from tunesmith.types import REWARD_KEY, Record
 from tunesmith.version import __version__
 
 
-def page_of(values: Mapping[str, Any], verdicts: Sequence[Verdict], *, grader: str, data: str) -> str:
+def page_of(values: Record, verdicts: Sequence[Verdict], *, grader: str, data: str) -> str:
     """HTML of `trial.results` that loads nothing."""
     report = {
         "name": grader,
@@ -40,27 +41,27 @@ def page_of(values: Mapping[str, Any], verdicts: Sequence[Verdict], *, grader: s
     return as_html(Page(report, time.time(), summary, [entry for entry in sections if entry.blocks]))
 
 
-def _rewards(values: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _rewards(values: Record) -> Iterator[Block | Table]:
     rows = [[Cell(what), Cell(value, bounds)] for what, value, bounds, _ in lines_of(values)]
     yield Table([Column("of"), Column("value, with its 95 % interval", "number")], rows)
     scored = {kind: entry for kind, entry in values["kinds"].items() if entry["scored"]}
     yield Block("figures", [_histogram(kind, entry) for kind, entry in scored.items()])
 
 
-def _histogram(kind: str, entry: Mapping[str, Any]) -> Plot:
+def _histogram(kind: str, entry: Record) -> Plot:
     def paint(axes: Any) -> None:
         edges = np.array(entry["edges"])
         axes.bar(
             edges[:-1], entry["counts"], width=np.diff(edges), align="edge", color=ACCENT, alpha=0.55, edgecolor=PAPER
         )
-        axes.set(xlabel="reward", ylabel="answers")
+        axes.set(xlabel=REWARD_KEY, ylabel="answers")
         axes.grid(visible=False, axis="x")
 
     title = PLAYED[kind][0].upper() + PLAYED[kind][1:]
     return draw(f"rewards-{kind}", title, f"{plural(entry['scored'], 'answer')} by reward.", paint, height=180)
 
 
-def _errors(values: Mapping[str, Any]) -> Table:
+def _errors(values: Record) -> Table:
     rows = [
         [Cell(FAILURES[entry["kind"]]), Cell(first["source"]), Cell(PLAYED[first["of"]]), Cell(first["error"])]
         for entry in values["errors"]
@@ -69,20 +70,11 @@ def _errors(values: Mapping[str, Any]) -> Table:
     return Table([Column("kind"), Column("row", "source"), Column("answer"), Column("error")], rows)
 
 
-def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
-    columns = [
-        Column("row", "source"),
-        Column("reward", "number"),
-        Column("prompt"),
-        Column("answer"),
-        Column("reference"),
-    ]
+def _answers(answers: Sequence[Record]) -> Table:
+    texts = ("prompt", "answer", "reference")
+    columns = [Column("row", "source"), Column(REWARD_KEY, "number"), *map(Column, texts)]
     rows = [
-        [
-            Cell(entry["source"]),
-            Cell(f"{entry['reward']:.3g}"),
-            *(Cell(entry[key] or "") for key in ("prompt", "answer", "reference")),
-        ]
+        [Cell(entry["source"]), Cell(f"{entry[REWARD_KEY]:.3g}"), *(Cell(entry[key] or "") for key in texts)]
         for entry in answers
     ]
     return Table(columns, rows)

@@ -20,12 +20,13 @@ from tunesmith.graders import formula, judge, schema, texts
 from tunesmith.graders.children import Children
 from tunesmith.graders.grade import Answer, Grade, GradeError
 from tunesmith.graders.templates import render
+from tunesmith.types import Record
 
 JUDGED_AT_ONCE = 8
 MOST_REWARD = 1e30
 """Sums of larger ones end."""
 _CODE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-IN_CHILDREN = (schema.Function, schema.Python, schema.UnitTests, schema.Regex, schema.JsonSchema)
+IN_CHILDREN = schema.CodeGrader | schema.Regex | schema.JsonSchema
 """Code, and what a regular expression can keep busy for ever; where processes fork, also what long texts can."""
 
 
@@ -35,7 +36,7 @@ class Scorer(Protocol):
     identity: Mapping[str, str]
     """Hashes of all that its numbers follow from."""
 
-    def __call__(self, item: Mapping[str, Any], text: str, /) -> float: ...
+    def __call__(self, item: Record, text: str, /) -> float: ...
 
 
 def _no_scorer(part: schema.RewardRun) -> Scorer:
@@ -51,7 +52,7 @@ class Pool:
 
     def __init__(
         self,
-        grader: Any,
+        grader: schema.Grader,
         *,
         at_once: int | None = None,
         kept: MutableMapping[str, Grade] | None = None,
@@ -77,7 +78,7 @@ class Pool:
             for name, part in self._parts.items():
                 if isinstance(part, schema.RewardRun):
                     self._scorers[name] = scorer_of(part)
-                if isinstance(part, IN_CHILDREN) or (part.type == "text_similarity" and hasattr(os, "fork")):
+                if isinstance(part, IN_CHILDREN) or (isinstance(part, schema.TextSimilarity) and hasattr(os, "fork")):
                     self.children[name] = Children(part)
         except BaseException:
             self.close()
@@ -100,7 +101,7 @@ class Pool:
         for child in self.children.values():
             child.close()
 
-    def submit(self, answer: Answer, item: Mapping[str, Any]) -> Future[Grade]:
+    def submit(self, answer: Answer, item: Record) -> Future[Grade]:
         """The grade of an answer to the prompt of a row, `item`, once it is made. Equal answers share one."""
         key = _digest([self.identity, dict(item), answer.text, list(answer.tools), answer.ended, answer.tokens])
         with self._lock:
@@ -110,7 +111,7 @@ class Pool:
         future.add_done_callback(lambda _: self._underway.pop(key, None))  # its grade is kept
         return future
 
-    def _grade(self, key: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Grade:
+    def _grade(self, key: str, sample: Record, item: Record) -> Grade:
         if key in self._kept:
             return self._kept[key]
         start, scores = time.monotonic(), dict[str, float]()
@@ -138,13 +139,13 @@ class Pool:
         return grade
 
     def _of_part(
-        self, name: str, part: Any, sample: Mapping[str, Any], item: Mapping[str, Any], seed: int
+        self, name: str, part: schema.Single, sample: Record, item: Record, seed: int
     ) -> tuple[float, Mapping[str, float]]:
         if isinstance(part, schema.ScoreModel):
             return judge.ask(part, sample, item), {}
         if isinstance(part, schema.RewardRun):
             return self._scorers[name](item, render(part.input, sample, item)), {}
-        if name not in self.children:
+        if isinstance(part, schema.TextGrader) and name not in self.children:
             return texts.grade_text(part, sample, item), {}
         if isinstance(part, schema.UnitTests):
             tests = _tests_of(part, item)
@@ -172,7 +173,7 @@ def code_of(text: str) -> str:
     return str(blocks[-1]) if blocks else text
 
 
-def _tests_of(part: schema.UnitTests, item: Mapping[str, Any]) -> list[str]:
+def _tests_of(part: schema.UnitTests, item: Record) -> list[str]:
     tests = item.get(part.tests)
     listed = [tests] if isinstance(tests, str) else tests
     if not isinstance(listed, list) or not listed or not all(isinstance(test, str) and test.strip() for test in listed):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.data.formats.prompts import prompt_in
 from tunesmith.data.problems import RowProblems
@@ -17,7 +16,7 @@ from tunesmith.data.read import read
 from tunesmith.errors import DataError
 from tunesmith.graders.grade import Answer
 from tunesmith.recipe.schema import DataFile, Limits
-from tunesmith.types import Part, Problem, Source
+from tunesmith.types import Part, Problem, Record, Source
 
 REFERENCES = ("reference", "reference_answer", "answer", "completion")
 """Fields with the right answer, the first that a row has; else it is the assistant's last turn."""
@@ -29,9 +28,9 @@ class Prompt:
     """A row: what a model gets, and all fields as they are."""
 
     source: str
-    item: Mapping[str, Any]
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
+    item: Record
+    messages: tuple[Record, ...]
+    tools: tuple[Record, ...] = ()
     reference: Answer | None = None
 
     @property
@@ -62,7 +61,7 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
     return prompts
 
 
-def prompt_of(record: Mapping[str, Any], source: Source) -> Prompt | list[Problem]:
+def prompt_of(record: Record, source: Source) -> Prompt | list[Problem]:
     """One row, or its problems."""
     row = RowProblems(source)
     prompt, answer, tools = prompt_in(record, row)
@@ -72,7 +71,7 @@ def prompt_of(record: Mapping[str, Any], source: Source) -> Prompt | list[Proble
     return Prompt(str(source), dict(record), messages, tools, reference_of(record, answer))
 
 
-def reference_of(record: Mapping[str, Any], turns: Sequence[Part] = ()) -> Answer | None:
+def reference_of(record: Record, turns: Sequence[Part] = ()) -> Answer | None:
     """The right answer that a row names, or that its last turns give."""
     for name in REFERENCES:
         value = record.get(name)

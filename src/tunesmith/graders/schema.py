@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import orjson
 import yaml
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from tunesmith.errors import InputError
 from tunesmith.graders import formula, templates
 from tunesmith.phrases import near_file
+from tunesmith.types import JsonObject, Record
 
 GRADER_SECONDS, JUDGE_SECONDS, MEMORY_GIB = 60.0, 120.0, 2.0
 MOST_SOURCE = 256 * 1024
@@ -60,7 +61,7 @@ class TextSimilarity(_Grader):
 
 
 class _Limited(_Grader):
-    """Types of graders that compute in a process of their own."""
+    """Base of graders that compute in a process of their own."""
 
     seconds: float = Field(GRADER_SECONDS, gt=0, le=3600)
     memory_gib: float = Field(MEMORY_GIB, gt=0)
@@ -197,7 +198,7 @@ class Length(_Grader):
 
 class JsonSchema(_Limited):
     type: Literal["json_schema"]
-    json_schema: dict[str, Any] = Field(alias="schema")
+    json_schema: JsonObject = Field(alias="schema")
     input: str = "{{sample.output_text}}"
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -209,26 +210,19 @@ class RewardRun(_Grader):
     input: str = "{{sample.output_text}}"
 
 
-Single = Annotated[
-    StringCheck
-    | TextSimilarity
-    | Python
-    | Function
-    | UnitTests
-    | ScoreModel
-    | Regex
-    | Number
-    | Length
-    | JsonSchema
-    | RewardRun,
-    Field(discriminator="type"),
-]
+TextGrader = StringCheck | TextSimilarity | Regex | Number | Length | JsonSchema
+"""Compares the texts of an answer and of a row."""
+CodeGrader = Function | Python | UnitTests
+"""Runs code: its own, or the answer's."""
+LimitedGrader = CodeGrader | Regex | JsonSchema | TextSimilarity
+"""Computes in a process of its own, within limits: code, and what long texts can keep busy."""
+Single = TextGrader | CodeGrader | ScoreModel | RewardRun
 """A grader that is not made of others."""
 
 
 class Multi(_Grader):
     type: Literal["multi"]
-    graders: dict[str, Single] = Field(min_length=1)
+    graders: dict[str, Annotated[Single, Field(discriminator="type")]] = Field(min_length=1)
     calculate_output: str
 
     @field_validator("graders", mode="before")
@@ -257,15 +251,17 @@ class Multi(_Grader):
         return self
 
 
-_ANY: TypeAdapter[Any] = TypeAdapter(Annotated[Single | Multi, Field(discriminator="type")])
+Grader = Single | Multi
+_TYPES = tuple(name for kind in get_args(Grader) for name in get_args(kind.model_fields["type"].annotation))
+_GRADER: TypeAdapter[Grader] = TypeAdapter(Annotated[Grader, Field(discriminator="type")])
 
 
-def parts_of(grader: Any) -> dict[str, Any]:
+def parts_of(grader: Grader) -> dict[str, Single]:
     """The graders of which one is made, by name: itself under "", unless it is a multi."""
     return dict(grader.graders) if isinstance(grader, Multi) else {"": grader}
 
 
-def load(word: str) -> Any:
+def load(word: str) -> Grader:
     """The grader that `--grader` names: file.py[:function], a .json or .yaml file,
     or run:RUN. Raises InputError."""
     if word.startswith(RUN_PREFIX):
@@ -292,14 +288,14 @@ def load(word: str) -> Any:
     return from_value(value, place=str(file), folder=file.resolve().parent)
 
 
-def from_value(value: Any, *, place: str = "grader", folder: Path = Path()) -> Any:
+def from_value(value: Any, *, place: str = "grader", folder: Path = Path()) -> Grader:
     """The grader that a JSON value describes; files that it names are in `folder`. Raises InputError."""
-    kinds = [value, *(value.get("graders") or {}).values()] if _is_multi(value) else [value]
-    for kind in kinds:
-        if isinstance(kind, Mapping) and str(kind.get("type")) in REFUSED:
-            raise InputError(f"{place}: type {kind['type']}: {REFUSED[str(kind['type'])]}")
+    inner = value.get("graders") if isinstance(value, Mapping) else None
+    for part in [value, *(inner.values() if isinstance(inner, Mapping) else ())]:
+        if isinstance(part, Mapping) and str(part.get("type")) in REFUSED:
+            raise InputError(f"{place}: type {part['type']}: {REFUSED[str(part['type'])]}")
     try:
-        grader = _ANY.validate_python(value)
+        grader = _GRADER.validate_python(value)
     except ValidationError as error:
         raise InputError("\n".join(f"{place}: {text}" for text in _problems(error))) from None
     if isinstance(grader, Multi):
@@ -308,11 +304,8 @@ def from_value(value: Any, *, place: str = "grader", folder: Path = Path()) -> A
     return _placed(grader, folder, place)
 
 
-def _is_multi(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("graders"), Mapping)
-
-
-def _placed(grader: Any, folder: Path, place: str) -> Any:
+def _placed(grader: Single, folder: Path, place: str) -> Single:
+    """The grader with the whole path of a file that it names. Raises InputError where there is none."""
     if not isinstance(grader, Function):
         return grader
     file = (folder / Path(grader.file).expanduser()).resolve()
@@ -330,13 +323,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
         yield f"{where + ': ' if where else ''}{message}".rstrip(".") + "."
 
 
-_TYPES = (
-    "string_check", "text_similarity", "python", "function", "unit_tests", "score_model", "regex", "number", "length",
-    "json_schema", "reward_run", "multi",
-)  # fmt: skip
-
-
-def texts_of(grader: Any) -> Iterator[tuple[str, str]]:
+def texts_of(grader: Grader) -> Iterator[tuple[str, str]]:
     """(place, text) of every text of a grader in which variables may be."""
     for name, part in parts_of(grader).items():
         before = f"graders.{name}." if name else ""
@@ -348,7 +335,7 @@ def texts_of(grader: Any) -> Iterator[tuple[str, str]]:
                 yield from ((f"{before}{key}[{i}]", getattr(part, "content", part)) for i, part in enumerate(value))
 
 
-def check_variables(grader: Any, item: Mapping[str, Any] | None) -> None:
+def check_variables(grader: Grader, item: Record | None) -> None:
     """Raise InputError for variables that `item`, the first row, does not have; see `templates.check`."""
     for place, text in texts_of(grader):
         templates.check(text, item, place)

@@ -118,7 +118,7 @@ def _refused(place: str, why: str) -> GraderRefusedError:
     return GraderRefusedError(f"{place}: {why}.", code="grader_not_allowed", place=place)
 
 
-def _check_code(part: Any, place: str) -> None:
+def _check_code(part: schema.Single, place: str) -> None:
     """Raise InputError for Python that has no function `grade`."""
     if not isinstance(part, schema.Python):
         return

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.errors import InputError
 from tunesmith.graders.grade import GradeError
 from tunesmith.phrases import did_you_mean, listed
+from tunesmith.types import Record
 
 _VARIABLE = re.compile(r"\{\{\s*(.*?)\s*\}\}", re.DOTALL)
 _PATH = re.compile(r"(item|sample)((?:\.[^.\[\]\s]+|\[\d+\])+)")
@@ -29,7 +29,7 @@ def _steps(match: re.Match[str]) -> list[str | int]:
     return [path[1], *(name or int(number) for name, number in _STEP.findall(path[2]))]
 
 
-def check(text: str, item: Mapping[str, Any] | None, place: str) -> None:
+def check(text: str, item: Record | None, place: str) -> None:
     """Raise InputError for a variable that neither a sample nor `item`, the first row, has. None: any field."""
     for match in _VARIABLE.finditer(text):
         space, first, *_ = _steps(match)
@@ -39,7 +39,7 @@ def check(text: str, item: Mapping[str, Any] | None, place: str) -> None:
             raise InputError(f"{place}: {match[0]}: {space} has no {first}.{near} It has {listed(known, 12)}.")
 
 
-def render(text: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str:
+def render(text: str, sample: Record, item: Record) -> str:
     """The text with its variables' values: texts as they are, other values as JSON. Raises GradeError."""
     num_characters = len(text)
 

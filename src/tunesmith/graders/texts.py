@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +20,7 @@ from tunesmith.evaluation.scores import WordTokenizer
 from tunesmith.graders import schema
 from tunesmith.graders.grade import GradeError
 from tunesmith.graders.templates import render
+from tunesmith.types import Record
 
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+")
 MOST_SCHEMA_ERRORS = 10
@@ -28,14 +28,14 @@ MOST_SCHEMA_ERRORS = 10
 NGRAMS = 4
 
 
-def needed_package(grader: Any) -> str:
+def needed_package(grader: schema.Single) -> str:
     """The package of the extra `graders` that a grader cannot do without; "" for none."""
     if isinstance(grader, schema.TextSimilarity) and grader.evaluation_metric == "fuzzy_match":
         return "rapidfuzz"
     return "jsonschema" if isinstance(grader, schema.JsonSchema) else ""
 
 
-def refuse_lacking(grader: Any) -> None:
+def refuse_lacking(grader: schema.Single) -> None:
     """Raise InputError for a package that a grader needs and that is missing, and for a schema that is none."""
     package = needed_package(grader)
     if package:
@@ -48,7 +48,7 @@ def refuse_lacking(grader: Any) -> None:
         _validator(json.dumps(grader.json_schema))
 
 
-def grade_text(grader: Any, sample: Mapping[str, Any], item: Mapping[str, Any]) -> float:
+def grade_text(grader: schema.TextGrader, sample: Record, item: Record) -> float:
     """The reward of one answer. Raises GradeError."""
     text = render(grader.input, sample, item)
     if isinstance(grader, schema.StringCheck):
@@ -62,7 +62,6 @@ def grade_text(grader: Any, sample: Mapping[str, Any], item: Mapping[str, Any]) 
         return _number(grader, text, render(grader.reference, sample, item))
     if isinstance(grader, schema.Length):
         return _length(grader, text, sample["tokens"])
-    assert isinstance(grader, schema.JsonSchema)
     return _schema(grader, text)
 
 

@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from tunesmith.evaluation.graded_scores import HISTOGRAM_BINS, mean, pass_at
 from tunesmith.graders.grade import Answer, Grade
 from tunesmith.graders.pool import Pool
 from tunesmith.graders.prompts import Prompt
-from tunesmith.types import REWARD_KEY
+from tunesmith.types import REWARD_KEY, JsonObject
 
 MODEL = "model"
 PLAYED: Mapping[str, str] = {
@@ -74,7 +73,7 @@ def grade_all(
     return graded
 
 
-def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: float = 1.0) -> dict[str, Any]:
+def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: float = 1.0) -> JsonObject:
     """All that is said of a trial, in plain values: by kind, of the model's groups, of errors and of time.
 
     `passes`: the reward at which an answer counts as right.
@@ -103,11 +102,11 @@ def by_row(entries: Sequence[Graded]) -> dict[int, list[float]]:
     return rewards
 
 
-def _of_kind(entries: Sequence[Graded]) -> dict[str, Any]:
+def _of_kind(entries: Sequence[Graded]) -> JsonObject:
     """Count, mean over rows with its interval, sub-scores and histogram of the answers of one kind."""
     rewards = [entry.grade.reward for entry in entries if entry.grade.reward is not None]
     unread = sum(entry.grade.is_unread for entry in entries)
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "answers": len(entries),
         "scored": len(rewards),
         "unread": unread,
@@ -128,7 +127,7 @@ def _of_kind(entries: Sequence[Graded]) -> dict[str, Any]:
     return values | {"mean": intervals(len(means), {"mean": ratio(means)})["mean"]}
 
 
-def _of_model(entries: Sequence[Graded], passes: float) -> dict[str, Any]:
+def _of_model(entries: Sequence[Graded], passes: float) -> JsonObject:
     """Means over prompts of what a group of a model's answers says, each with its interval over prompts."""
     groups, most = list(by_row(entries).values()), max(Counter(entry.row for entry in entries).values())
     if not groups:
@@ -176,7 +175,7 @@ def length_correlation(entries: Sequence[Graded]) -> float | None:
     return None if spread < 1e-12 else math.fsum(x * y for x, y in zip(tokens, rewards, strict=True)) / spread
 
 
-def _won(kinds: Mapping[str, Sequence[Graded]]) -> dict[str, dict[str, Any]]:
+def _won(kinds: Mapping[str, Sequence[Graded]]) -> dict[str, JsonObject]:
     """Of answers that must not win, their mean and that of the references, or else of the model's answers, on
     the rows that have both."""
     right = "reference" if kinds["reference"] else MODEL
@@ -195,7 +194,7 @@ def _won(kinds: Mapping[str, Sequence[Graded]]) -> dict[str, dict[str, Any]]:
     return won
 
 
-def _errors(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[dict[str, Any]]:
+def _errors(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[JsonObject]:
     """Kinds of failed grades, the commonest first: how many, and the first places."""
     failed = Counter(entry.grade.kind for entry in graded if entry.grade.kind is not None)
     errors = []
@@ -208,11 +207,11 @@ def _errors(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[dict[st
     return errors
 
 
-def _extremes(prompts: Sequence[Prompt], entries: Sequence[Graded]) -> dict[str, Any]:
+def _extremes(prompts: Sequence[Prompt], entries: Sequence[Graded]) -> JsonObject:
     ranked = [entry for entry in entries if entry.grade.reward is not None]
     ranked.sort(key=lambda entry: -(entry.grade.reward or 0.0))
 
-    def shown(entry: Graded) -> dict[str, Any]:
+    def shown(entry: Graded) -> JsonObject:
         prompt = prompts[entry.row]
         return {
             "source": prompt.source,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.graders.grade import FAILURES
 from tunesmith.graders.trial import MODEL, PLAYED
 from tunesmith.phrases import percent, plural
-from tunesmith.types import REWARD_KEY
+from tunesmith.types import REWARD_KEY, Record
 
 BARS = " ▁▂▃▄▅▆▇█"
 LEAST_SPREAD, MOST_CORRELATION, MOST_FAILED = 0.2, 0.5, 0.01
@@ -23,7 +22,7 @@ class Verdict:
     refuses: bool = False
 
 
-def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
+def verdicts(values: Record) -> list[Verdict]:
     """The verdicts on `trial.results`, those that refuse first; at least one."""
     sentences = sorted(_verdicts(values), key=lambda entry: not entry.refuses)
     if any(entry.refuses for entry in sentences):
@@ -38,7 +37,7 @@ def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
     return [Verdict(strength + end), *sentences]
 
 
-def _verdicts(values: Mapping[str, Any]) -> Iterator[Verdict]:
+def _verdicts(values: Record) -> Iterator[Verdict]:
     failed = sum(entry["num"] for entry in values["errors"])
     if failed > MOST_FAILED * values["grades"]:
         kinds = ", ".join(f"{FAILURES[entry['kind']]}: {entry['num']:,}" for entry in values["errors"])
@@ -61,7 +60,7 @@ def _verdicts(values: Mapping[str, Any]) -> Iterator[Verdict]:
     yield from _of_model(values)
 
 
-def _of_played(values: Mapping[str, Any]) -> Iterator[Verdict]:
+def _of_played(values: Record) -> Iterator[Verdict]:
     winners = [
         kind for kind, entry in values["won"].items() if kind != "twice" and entry["mean"] >= entry["mean_against"]
     ]
@@ -82,7 +81,7 @@ def _of_played(values: Mapping[str, Any]) -> Iterator[Verdict]:
         yield Verdict(f"Saying the reference twice gets more than saying it once, {got}: repeating wins.", True)
 
 
-def _of_model(values: Mapping[str, Any]) -> Iterator[Verdict]:
+def _of_model(values: Record) -> Iterator[Verdict]:
     model = values["model"]
     if not model or not model["measures"]:
         return
@@ -104,7 +103,7 @@ def _of_model(values: Mapping[str, Any]) -> Iterator[Verdict]:
         )
 
 
-def lines_of(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def lines_of(values: Record) -> Iterator[tuple[str, str, str, str]]:
     """(what, value, 95 % interval, distribution) of every measure."""
     for kind, entry in values["kinds"].items():
         failed = entry["answers"] - entry["scored"]

@@ -30,7 +30,7 @@ from tunesmith.models.vision import vision_of
 from tunesmith.phrases import command
 from tunesmith.planning.decisions import Decisions
 from tunesmith.planning.defaults import decide_before_rows, find_head, precision_for
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.schema import Data, Recipe, resolved
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.background import in_background
@@ -176,7 +176,8 @@ def load_run(
         refuse_needless(run.base, str(run.path))
         checking = in_background(partial(run.check_result, run.model_path))
         try:
-            loaded = _load(resolve_model(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
+            labels = run_labels(recipe.task, recipe.data)
+            loaded = _load(resolve_model(str(run.model_path), offline=True), recipe, labels=labels)
         except ModelError:
             checking.result()  # says which file is damaged
             raise
@@ -222,7 +223,7 @@ def load_base(
     Raises RunError where its files are not those that the run was tuned on.
     """
     recipe = run.recipe().model_copy(update=dict(on))
-    labels = run_labels(recipe)
+    labels = run_labels(recipe.task, recipe.data)
     located = resolve_base(recipe, offline=offline)
     hashing = in_background(partial(files.fingerprint, located))
     for folder in (run.adapter_path, run.model_path):
@@ -286,13 +287,13 @@ def refuse_needless(base: str | None, model: str) -> None:
         raise InputError(f"--model: says where the base of a run is, and {model} needs no base. Leave it out.")
 
 
-def run_labels(recipe: Recipe) -> Labels | None:
-    """Labels of the head of a run, by its resolved recipe; None where it has none."""
-    head = TASKS[resolved(recipe.task)].head
+def run_labels(task: TaskName, data: Data) -> Labels | None:
+    """Labels of the head of a run, by its resolved options; None where it has none."""
+    head = TASKS[task].head
     if head is None:
         return None
-    kind: LabelKind = "tags" if head.by_word else resolved(recipe.data.label_kind)
-    return Labels(kind, () if kind == "number" else recipe.data.labels)
+    kind: LabelKind = "tags" if head.by_word else resolved(data.label_kind)
+    return Labels(kind, () if kind == "number" else data.labels)
 
 
 def load_model(name: str, *, task: TaskName | None = None, offline: bool = False) -> LoadedModel:

@@ -340,7 +340,7 @@ def masked_share(loaded: LoadedModel) -> float | None:
 def feed(loaded: LoadedModel, store: RowStore) -> Collator:
     """Padded micro-batches of rows of similar length, which every kind of model takes."""
     layout: Layout = "encoder_decoder" if loaded.renderer.kind == "encoder_decoder" else "padded"
-    masking, placeholders = None, loaded.renderer.placeholders
+    masking = None
     if (share := masked_share(loaded)) is not None:
         # The seed by which every run masks its held-out rows, so that metrics compare.
         masking = Masking.of(loaded.renderer.tokenizer, share=share, seed=0)
@@ -353,7 +353,7 @@ def feed(loaded: LoadedModel, store: RowStore) -> Collator:
         has_types=loaded.has_types,
         pad_id=loaded.pad_id,
         pools=TASKS[loaded.renderer.task_name].pools,
-        pixels=None if placeholders is None else placeholders.pixels,
+        batch_images=loaded.renderer.batch_images,
     )
 
 

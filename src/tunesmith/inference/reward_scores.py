@@ -6,7 +6,6 @@ from collections.abc import Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from tunesmith.data.formats.prompts import prompt_in
 from tunesmith.data.problems import RowProblems
@@ -17,10 +16,11 @@ from tunesmith.graders.pool import Pool
 from tunesmith.graders.schema import RewardRun, parts_of
 from tunesmith.inference.load import load_run, untuned_recipe
 from tunesmith.inference.predict import Predictor
-from tunesmith.models.resolve_model import resolve_base, resolve_model
+from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.schema import resolved
 from tunesmith.runs.folder import Run, is_run
+from tunesmith.tasks.scores import REWARD
 from tunesmith.types import Example, Part, Problem, Record, Source
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,7 +51,7 @@ class RewardScorer:
             raise GradeError("exception", f"the reward run cannot read it: {line.message}")
         if cut := [warning.message for warning in warnings if warning.code == "cut"]:
             raise GradeError("exception", f"the reward run cannot read all of it: {cut[0]}")
-        return float(line["reward"])
+        return float(line[REWARD.answer_key])
 
 
 def pool_of(word: str, kept: MutableMapping[str, Grade], *, root: Path, offline: bool, device: str) -> Pool:
@@ -64,25 +64,29 @@ def pool_of(word: str, kept: MutableMapping[str, Grade], *, root: Path, offline:
 def reward_run(grader: RewardRun, root: Path) -> Run:
     """The run that a grader names. Raises InputError where there is none, or it gives no rewards."""
     run = Run.open(grader.run, root)
-    if (task := run.recipe().task) != "reward":
+    if (task := run.recipe().task) != REWARD.name:
         raise InputError(f"reward_run: {grader.run}: is a run of task {task}. Name one of task reward.")
     return run
 
 
-def weights_of(grader: Any, root: Path, *, offline: bool = False) -> int:
+def weights_of(grader: schema.Grader, root: Path, *, offline: bool = False) -> int:
     """Bytes of the weights of all reward runs of a grader, which stay in memory as long as it grades."""
-    recipes = [reward_run(part, root).recipe() for part in parts_of(grader).values() if isinstance(part, RewardRun)]
-    return sum(_bytes(recipe, offline=offline) for recipe in recipes)
+    runs = [reward_run(part, root) for part in parts_of(grader).values() if isinstance(part, RewardRun)]
+    return sum(_weights_of_run(run, offline=offline) for run in runs)
 
 
 def weights_of_any(target: str, root: Path, *, offline: bool) -> int:
     """Bytes of the weights of a run's model, or of any model as it would be loaded here."""
     if is_run(target, root):
-        return _bytes(Run.open(target, root).recipe(), offline=offline)
+        return _weights_of_run(Run.open(target, root), offline=offline)
     located = resolve_model(target, offline=offline, weights=False)
-    return model_size(located).num_params * BYTES[resolved(untuned_recipe(located)[0].precision)]
+    return _bytes(located, resolved(untuned_recipe(located)[0].precision))
 
 
-def _bytes(recipe: Recipe, *, offline: bool) -> int:
-    size = model_size(resolve_base(recipe, offline=offline, weights=False))
-    return size.num_params * BYTES[resolved(recipe.precision)]
+def _weights_of_run(run: Run, *, offline: bool) -> int:
+    recipe = run.recipe()
+    return _bytes(resolve_base(recipe, offline=offline, weights=False), resolved(recipe.precision))
+
+
+def _bytes(located: ModelRef, precision: str) -> int:
+    return model_size(located).num_params * BYTES[precision]

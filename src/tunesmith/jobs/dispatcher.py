@@ -280,7 +280,7 @@ class Dispatcher:
         if "beta" in job["numbers"]:
             numbers["beta"] = recipe.prefer.filled().beta
         if "compute_multiplier" in job["numbers"]:
-            numbers |= reinforcement.numbers_of(recipe)
+            numbers |= reinforcement.numbers_of(recipe.reinforce, recipe.evaluation)
         self.store.change_job(active.job_id, if_status=["running", "paused"], numbers=numbers)
 
     def _end(self, job: Record, active: _Active) -> None:

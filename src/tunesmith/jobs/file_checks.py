@@ -155,7 +155,7 @@ class FileChecks:
         if base is None:  # the file of bases was changed since
             raise FileFault("model_not_available", f"{job['base']} may no longer be tuned here.", "model")
         numbers = dict(request["hyperparameters"])
-        if checked.task == "reinforce":
+        if checked.method == "reinforcement":
             numbers = reinforcement.decided(numbers, num_rows=checked.num_rows, num_validation=checked.num_validation)
         elif numbers["n_epochs"] == "auto":
             numbers["n_epochs"] = rounds(checked.num_rows)
@@ -211,7 +211,7 @@ def job_recipe(
 ) -> JsonObject:
     """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
     times, beta = numbers["learning_rate_multiplier"], numbers.get("beta", "auto")
-    drops = checked.task in ("prefer", "reinforce")
+    drops = checked.method != "supervised"  # a cut prompt or comparison teaches something else
     is_here = Path(base.model).exists()  # the run may be resumed from another working directory
     from_request: JsonObject = {
         "model": str(Path(base.model).resolve()) if is_here else base.model,

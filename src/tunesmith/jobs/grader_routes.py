@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -73,7 +72,7 @@ def make_grader_router(rules: GraderRules) -> APIRouter:
     return router
 
 
-def _trial(grader: Any, body: TrialBody) -> JsonObject:
+def _trial(grader: schema.Grader, body: TrialBody) -> JsonObject:
     began = time.monotonic()
     try:
         with Pool(grader) as pool:

@@ -59,7 +59,7 @@ def _usual_effort(value: Any) -> Any:
 
 
 class ReinforcementHyperparameters(Hyperparameters):
-    """Options of a job that learns from a grader; `reinforcement.recipe_of` says what becomes of them."""
+    """Options of a job that learns from a grader; `reinforcement.sections_of` says what becomes of them."""
 
     compute_multiplier: Annotated[Any, _UP_TO_TEN] = "auto"
     eval_interval: Annotated[Any, _whole(100_000)] = "auto"

@@ -17,12 +17,15 @@ from pathlib import Path
 
 import orjson
 
-from tunesmith.environment import CARD_SHARE, for_child, python_words, rest_of_card
+from tunesmith.environment import CARD_SHARE, SERVING_SHARE, card_share, for_child, python_words
+from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.types import JsonObject
 
 NICE = 10
 """Lower priority than the engine, so that answers do not wait for training."""
+LEAST_REST = 0.05
+"""Less than this of a card holds no run."""
 MOST_LAST = 2**26  # bytes at the end of what a child printed that are looked at
 
 
@@ -72,6 +75,18 @@ class ChildProcess:
         """Remove what its server knows it by."""
         for what in ("output", "lock", "said"):
             _beside(self.run, what).unlink(missing_ok=True)
+
+
+def rest_of_card() -> float:
+    """Share of a card that a server leaves to the runs of its jobs. Raises InputError for next to nothing."""
+    rest = 1 - card_share(SERVING_SHARE)
+    if rest < LEAST_REST:
+        raise InputError(
+            f"{CARD_SHARE}={os.environ[CARD_SHARE]}: runs of jobs get what the server leaves of the card: next "
+            f"to nothing. Give at most {1 - LEAST_REST:g}, or 1 to a server without --jobs or with jobs on "
+            "other machines."
+        )
+    return rest
 
 
 class LocalLauncher:

@@ -6,16 +6,14 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunesmith.recipe.reinforcement import PROMPTS, Reinforce, updates_of
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.reinforcement import USUAL_PROMPTS, Reinforce, updates_of
+from tunesmith.recipe.schema import EvaluationOptions
 from tunesmith.types import JsonObject, Record
 
 USUAL = Reinforce()
 LEAST_SAMPLES, MOST_SAMPLES = 2, 64
-EVALUATIONS = 10
-"""Evaluations of a run by `eval_interval: auto`; fewer where they would draw more
-than `SHARE` of its answers."""
-SHARE = 0.25
+EVALUATIONS, EVALUATION_SHARE = 10, 0.25
+"""Evaluations of a run by `eval_interval: auto`; fewer where they would draw more than this share of its answers."""
 
 
 def samples_of(compute_multiplier: float | str) -> int:
@@ -28,7 +26,7 @@ def samples_of(compute_multiplier: float | str) -> int:
 def decided(numbers: Record, *, num_rows: int, num_validation: int) -> JsonObject:
     """The numbers of a job with `n_epochs`, `eval_interval` and `eval_samples`
     decided where they are "auto"."""
-    rows = min(num_rows, PROMPTS if numbers["batch_size"] == "auto" else numbers["batch_size"])
+    rows = min(num_rows, USUAL_PROMPTS if numbers["batch_size"] == "auto" else numbers["batch_size"])
     per_epoch, samples = -(-num_rows // rows), samples_of(numbers["compute_multiplier"])
     epochs, held_out, interval = (numbers[name] for name in ("n_epochs", "eval_samples", "eval_interval"))
     if epochs == "auto":
@@ -37,7 +35,7 @@ def decided(numbers: Record, *, num_rows: int, num_validation: int) -> JsonObjec
         held_out = USUAL.held_out_samples
     if interval == "auto":
         cost = num_validation * held_out / (rows * samples)  # of an evaluation, in steps
-        interval = max(1, math.ceil(epochs * per_epoch / EVALUATIONS), math.ceil(cost / SHARE))
+        interval = max(1, math.ceil(epochs * per_epoch / EVALUATIONS), math.ceil(cost / EVALUATION_SHARE))
     return {**numbers, "n_epochs": epochs, "eval_interval": interval, "eval_samples": held_out}
 
 
@@ -53,12 +51,12 @@ def sections_of(numbers: Record, grader: Path) -> JsonObject:
     }
 
 
-def numbers_of(recipe: Recipe) -> JsonObject:
+def numbers_of(options: Reinforce, evaluation: EvaluationOptions) -> JsonObject:
     """The numbers that only a reinforcement job has, as its run has them."""
     return {
-        "compute_multiplier": recipe.reinforce.samples / USUAL.samples,
-        "eval_interval": recipe.evaluation.every,
-        "eval_samples": recipe.reinforce.held_out_samples,
+        "compute_multiplier": options.samples / USUAL.samples,
+        "eval_interval": evaluation.every,
+        "eval_samples": options.held_out_samples,
         "reasoning_effort": "default",
     }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tunesmith.graders.openai_object import ERRORS
-from tunesmith.types import Event, JsonObject, Record
+from tunesmith.types import REWARD_KEY, Event, JsonObject, Record
 
+TRAINING_KEY, VALIDATION_KEY = "train_mean_reward", "full_valid_mean_reward"
+"""OpenAI's names of the mean reward of a step and of the validation file."""
 _USUAL = (
-    "step", "train_mean_reward", "full_valid_mean_reward", "completion_tokens_mean", "reasoning_tokens_mean",
+    "step", TRAINING_KEY, VALIDATION_KEY, "completion_tokens_mean", "reasoning_tokens_mean",
     "mean_unresponsive_rewards",
 )  # fmt: skip
 
@@ -20,7 +22,7 @@ def of_step(run_event: Event) -> JsonObject:
     seconds = {"sampling": timing.get("draw"), "grading": timing.get("grade"), "full_iteration": timing.get("seconds")}
     return {
         **_row(run_event),
-        "scores": {"train_reward_mean": values["reward"], "graders": scores},
+        "scores": {"train_reward_mean": values[REWARD_KEY], "graders": scores},
         "errors": {f"train_{name}_count": num for name, num in _errors(values).items()},
         "timing": {"step": {name: value for name, value in seconds.items() if value is not None}},
     }
@@ -28,9 +30,8 @@ def of_step(run_event: Event) -> JsonObject:
 
 def of_evaluation(run_event: Event) -> JsonObject:
     """Metrics of the validation file."""
-    measures = run_event.values["measures"]
-    reward = measures["reward"]["value"]
-    return {"full_valid_mean_reward": reward, "scores": {"valid_reward_mean": reward}}
+    reward = run_event.values["measures"][REWARD_KEY]["value"]
+    return {VALIDATION_KEY: reward, "scores": {"valid_reward_mean": reward}}
 
 
 def table(run_events: Iterable[Event]) -> tuple[Sequence[str], list[JsonObject]]:
@@ -48,7 +49,7 @@ def table(run_events: Iterable[Event]) -> tuple[Sequence[str], list[JsonObject]]
             more |= dict.fromkeys(parts)
             rows[run_event.step] = {**_row(run_event), **parts}
         elif run_event.kind == "evaluation" and run_event.step in rows:
-            rows[run_event.step]["full_valid_mean_reward"] = run_event.values["measures"]["reward"]["value"]
+            rows[run_event.step][VALIDATION_KEY] = run_event.values["measures"][REWARD_KEY]["value"]
     return (*_USUAL, *more), list(rows.values())
 
 
@@ -56,7 +57,7 @@ def _row(run_event: Event) -> JsonObject:
     values = run_event.values
     return {
         "step": run_event.step,
-        "train_mean_reward": values["reward"],
+        TRAINING_KEY: values[REWARD_KEY],
         "completion_tokens_mean": values["answer_tokens"],
         "reasoning_tokens_mean": 0.0,
         "mean_unresponsive_rewards": sum(values.get("unscored", {}).values()) / values["answers"],

@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from tunesmith.jobs import reward_metrics
+from tunesmith.jobs.reward_metrics import TRAINING_KEY, VALIDATION_KEY
 from tunesmith.jobs.store import event
 from tunesmith.phrases import option, plural
 from tunesmith.runs.folder import Run
-from tunesmith.types import Event, JsonObject, Record
+from tunesmith.types import REWARD_KEY, Event, JsonObject, Record
 
 _COLUMNS = (
     "step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy", "full_valid_loss",
@@ -39,17 +40,14 @@ class EventTranslator:
         if run_event.kind == "plan":
             self.total_steps = values["steps"]
             yield event(self.job, f"Plan: {plural(self.total_steps, 'step')}", once=f"plan {self.total_steps}")
-            texts = [
-                f"{run_event['key']} = {option(run_event['value'])}: {run_event['reason']}"
-                for run_event in values["choices"]
-            ]
+            texts = [f"{choice['key']} = {option(choice['value'])}: {choice['reason']}" for choice in values["choices"]]
             if texts:  # one event: clients look at the last ten
-                values_alone = [(run_event["key"], run_event["value"]) for run_event in values["choices"]]
+                values_alone = [(choice["key"], choice["value"]) for choice in values["choices"]]
                 yield event(self.job, "Chosen: " + "\n".join(texts), once=f"choices {values_alone}")
-        if run_event.kind == "step" and "reward" in values:
-            self.last_reward = values["reward"]
+        if run_event.kind == "step" and REWARD_KEY in values:
+            self.last_reward = values[REWARD_KEY]
             data = {"total_steps": self.total_steps, **reward_metrics.of_step(run_event)}
-            text = f"Step {run_event.step}/{self.total_steps} , train mean reward={values['reward']:.2f}"
+            text = f"Step {run_event.step}/{self.total_steps} , train mean reward={values[REWARD_KEY]:.2f}"
             yield event(self.job, text, data=data, once=f"step {run_event.step}")
         elif run_event.kind == "step":
             self.last_loss = _number(values["loss"])
@@ -59,14 +57,14 @@ class EventTranslator:
         if run_event.kind == "step" and run_event.step == self.total_steps:  # what follows takes a minute, or longer
             text = "All steps are done: the result is measured, saved and loaded next"
             yield event(self.job, text, once="measured next")
-        if run_event.kind == "evaluation" and "reward" in values["measures"]:
+        if run_event.kind == "evaluation" and REWARD_KEY in values["measures"]:
             metrics = reward_metrics.of_evaluation(run_event)
             data = {"step": run_event.step, "total_steps": self.total_steps, **metrics}
             text = f"Step {run_event.step}/{self.total_steps} "
             if self.last_reward is not None:
-                data["train_mean_reward"] = self.last_reward
+                data[TRAINING_KEY] = self.last_reward
                 text += f", train mean reward={self.last_reward:.2f}"
-            text += f", full validation mean reward={metrics['full_valid_mean_reward']:.2f}"
+            text += f", full validation mean reward={metrics[VALIDATION_KEY]:.2f}"
             yield event(self.job, text, data=data, once=f"measured {run_event.step}")
         elif run_event.kind == "evaluation" and values["name"] != "before":
             loss = _number(values["loss"])
@@ -93,8 +91,8 @@ class EventTranslator:
 def held_out_metrics(values: Record) -> JsonObject:
     """The metrics of a checkpoint from an evaluation: of the whole file; a loss
     under both of OpenAI's names."""
-    if "reward" in values["measures"]:
-        return {"full_valid_mean_reward": values["measures"]["reward"]["value"]}
+    if REWARD_KEY in values["measures"]:
+        return {VALIDATION_KEY: values["measures"][REWARD_KEY]["value"]}
     loss = _number(values["loss"])
     metrics = {"valid_loss": loss, "full_valid_loss": loss}
     if (accuracy := values["measures"].get("token_accuracy")) is not None:
@@ -109,8 +107,8 @@ def metrics_by_step(run_events: Iterable[Event]) -> dict[int, JsonObject]:
     for run_event in run_events:
         if run_event.kind == "step":
             metrics = {"train_loss": _number(run_event.values["loss"])}
-            if "reward" in run_event.values:
-                metrics = {"train_mean_reward": run_event.values["reward"]}
+            if REWARD_KEY in run_event.values:
+                metrics = {TRAINING_KEY: run_event.values[REWARD_KEY]}
             steps[run_event.step] = {"step": run_event.step, **metrics}
         elif run_event.kind == "evaluation" and run_event.step in steps:
             steps[run_event.step] |= held_out_metrics(run_event.values)
@@ -122,7 +120,7 @@ def results_file(run_events: Iterable[Event]) -> bytes:
     run_events = list(run_events)
     columns: Sequence[str] = _COLUMNS
     rows = list(metrics_by_step(run_events).values())
-    if any(run_event.kind == "step" and "reward" in run_event.values for run_event in run_events):
+    if any(run_event.kind == "step" and REWARD_KEY in run_event.values for run_event in run_events):
         columns, rows = reward_metrics.table(run_events)
     written = io.StringIO()
     table = csv.writer(written, lineterminator="\n")

@@ -11,13 +11,12 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from tunesmith.environment import rest_of_card
 from tunesmith.errors import InputError
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.engines import Engines, EnginesFromThread
 from tunesmith.jobs.grader_routes import make_grader_router
-from tunesmith.jobs.launcher import LocalLauncher
+from tunesmith.jobs.launcher import LocalLauncher, rest_of_card
 from tunesmith.jobs.permissions import make_permission_router
 from tunesmith.jobs.ray_launcher import RayLauncher
 from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router, make_upload_router

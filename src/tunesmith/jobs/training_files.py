@@ -14,7 +14,7 @@ from tunesmith.errors import DataError, InputError
 from tunesmith.graders import schema as graders
 from tunesmith.jobs.job_request import GRADER
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Example, JsonObject, Problem, Shape, TaskName
+from tunesmith.types import Example, JsonObject, Problem, Shape, Source, TaskName
 
 FAILED = "The job failed due to an invalid {which} file."
 NO_SHAPE = "Unexpected file format, expected either prompt/completion pairs or chat messages."
@@ -56,6 +56,11 @@ class CheckedFile:
     task: TaskName
     num_validation: int = 0
     """Rows of the validation file."""
+
+    @property
+    def method(self) -> str:
+        """OpenAI's name of the way in which these rows are learnt."""
+        return _METHODS.get(self.task, "supervised")
 
 
 class _TooManyErrorsError(Exception):
@@ -100,18 +105,18 @@ def check_file(
         raise row_fault(errors, which)
     if None in tasks or len(tasks) > 1:
         raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {NO_SHAPE}", f"{which}_file")
-    task = next(iter(tasks)) or "chat"
-    if method != (fitting := _METHODS.get(task, "supervised")):
+    checked = CheckedFile(num, next(iter(tasks)) or "chat")
+    if method != checked.method:
         message = (
-            f"Input file {path.name} is in the {_FORMATS[task]} format, but the specified fine-tuning job is "
-            f"not using '{fitting}' as the training method (provided method={method})."
+            f"Input file {path.name} is in the {_FORMATS[checked.task]} format, but the specified fine-tuning job is "
+            f"not using '{checked.method}' as the training method (provided method={method})."
         )
         raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {message}", f"{which}_file")
     if num < min_examples:
         least = f"must have at least {min_examples} examples"
         message = f"{which.capitalize()} file has {num} example(s), but {least}"
         raise FileFault("invalid_n_examples", message, f"{which}_file")
-    return CheckedFile(num, task)
+    return checked
 
 
 def _check_fields(grader: JsonObject, example: Example, which: str) -> None:
@@ -138,8 +143,6 @@ def row_fault(problems: Sequence[Problem], which: str) -> FileFault:
 
 def problems_of(error: JsonObject, path: Path) -> Iterator[Problem]:
     """The problems that a run printed about one file."""
-    from tunesmith.types import Source
-
     for problem in error.get("problems", ()):
         if Path(problem["file"]).name == path.name and problem["severity"] == "error":
             yield Problem(Source(problem["file"], problem["line"]), problem["code"], problem["message"], problem["fix"])

@@ -122,7 +122,7 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
     task = TASKS[resolved(decisions.recipe.task)]
     if task.section:
         decisions.decide(*task.section.from_model(decisions.recipe, located))
-    choose("data.max_tokens", lambda: _max_tokens(task.name, kind, limit))
+    choose("data.max_tokens", lambda: _max_tokens(task, kind, limit))
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
     recipe = decisions.recipe
     if task.section:
@@ -132,7 +132,7 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
         raise RecipeError(f"{option}: the task {task.name} {what}. Leave it out.")
     if recipe.data.prompt is not None and not task.has_prompt:
         raise RecipeError(f"data.prompt: is for the task summarize; this is {task.name}. Leave it out.")
-    if task.name == "text" and kind == "causal":
+    if task.in_windows and kind == "causal":
         stride = max(1, resolved(recipe.data.max_tokens) - 1)
         reason = "each window begins with the last token of the one before it"
         choose("data.stride", lambda: Choice("data.stride", stride, reason))
@@ -197,7 +197,7 @@ def total_steps(train: Train, steps_per_epoch: int) -> int:
 def _task_of_first_row(data: Data, kind: ModelKind) -> Choice:
     example = first_example(data)
     if (task := TASKS[task_of_rows(example.shape)]).detected:
-        if task.name == "text" and (question := ask_text_or_classes(data)):
+        if task.in_windows and (question := ask_text_or_classes(data)):
             raise DataError(question)
         return Choice("task", task.name, task.detected)
     if (example.plain and not example.images) or kind == "encoder_decoder":
@@ -227,8 +227,8 @@ def _method(num_parameters: int) -> Choice:
     return Choice("method", LoraMethod(), reason)
 
 
-def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
-    if task == "text" and kind == "causal" and limit > TEXT_TOKENS:
+def _max_tokens(task: Task, kind: ModelKind, limit: int) -> Choice:
+    if task.in_windows and kind == "causal" and limit > TEXT_TOKENS:
         reason = f"documents are cut in windows; the model could attend to {limit:,}"
         return Choice("data.max_tokens", TEXT_TOKENS, reason)
     if kind == "encoder_decoder" and limit >= UNBOUNDED:
@@ -299,7 +299,7 @@ def _rows_per_step(recipe: Recipe, task: Task, facts: Facts) -> tuple[int, str]:
     if has_prepass(recipe) and value < LEAST_COMPARED:
         return min(LEAST_COMPARED, rows), "few rows, and each is compared with the others of its step"
     rows_of_text = max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))
-    if task.name == "text" and rows_of_text < value:
+    if task.in_windows and rows_of_text < value:
         return rows_of_text, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
     return value, "about 20 updates an epoch at least" if value < most else "a steady gradient at little cost"
 

@@ -27,6 +27,7 @@ from tunesmith.methods import METHODS
 from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.short_row_attention import LONGEST
+from tunesmith.parallel.exchange import BUCKET
 from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
@@ -52,8 +53,6 @@ STARTING_S, LOADED, LOADED_TO_CARD = 12.0, 100e6, 500e6
 measured on such a machine, and as taken for one with a card, whose disk is not measured."""
 FINISHING_S = 4.0
 """Report and end of the process on two cores."""
-BUCKET_BYTES = 64 * 2**20
-"""Bytes of gradients that are summed together, see `parallel.exchange`."""
 MOST_STEPS_TRIED, MOST_SHARING_STEPS = 1000, 64
 """Steps among which the heaviest is looked for, evenly spread over a longer run; fewer where rows share
 prefixes, which take long to find."""
@@ -163,7 +162,8 @@ class Forecaster:
         recomputed = 0 if layers == "auto" else min(layers, sizes.recomputable)
         base = self.base if self.device.kind == "cpu" else 0
         if size > 1:
-            base += min(BUCKET_BYTES, sizes.gradients) + (GROUP if self.device.kind == "cuda" else 0)
+            summed = min(4 * BUCKET, sizes.gradients)  # at once, in float32
+            base += summed + (GROUP if self.device.kind == "cuda" else 0)
         is_adapter = METHODS[recipe.method.name].is_adapter
         steps = total_steps(recipe.train, sampler.steps_per_epoch)
         keeps_best = recipe.evaluation.every is not None

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
 from tunesmith.recipe.methods import OptionGroup, Positive
-
-if TYPE_CHECKING:
-    from tunesmith.recipe.schema import Recipe
-
-
-def teacher_of(recipe: Recipe) -> str:
-    """Place of the teacher: as typed, or where a run's teacher is now; "" for none."""
-    return (recipe.base and recipe.base.teacher) or recipe.distil.teacher or ""
 
 
 class Distil(OptionGroup):

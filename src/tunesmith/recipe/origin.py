@@ -11,11 +11,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tunesmith.recipe.distillation import teacher_of
 from tunesmith.recipe.reinforcement import file_of
-from tunesmith.recipe.schema import Base, Recipe
 from tunesmith.types import JsonObject
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Places of what a run's recipe names, now."""
+
+    model: str
+    """As it was typed."""
+    place: str
+    """Place of the model."""
+    missing: str = ""
+    """Message if nothing is there; empty: the reader's."""
+    grader: str = ""
+    teacher: str = ""
+    """Places of the grader and the teacher."""
 
 
 def record(typed: Iterable[tuple[str, str]], root: Path) -> JsonObject:
@@ -38,7 +55,7 @@ def typed_places(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.reinforce.grader is not None:
         yield file_of(recipe.reinforce.grader), file_of(recipe.grader_at)
     if recipe.distil.teacher is not None:
-        yield recipe.distil.teacher, teacher_of(recipe)
+        yield recipe.distil.teacher, recipe.teacher_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,5 +127,5 @@ def moved_to(recipe: Recipe) -> Recipe:
     }
     data = data.model_copy(update={**sides, "template": data.template_at})
     reinforce = recipe.reinforce.model_copy(update={"grader": recipe.grader_at or None})
-    distil = recipe.distil.model_copy(update={"teacher": teacher_of(recipe) or None})
+    distil = recipe.distil.model_copy(update={"teacher": recipe.teacher_at or None})
     return recipe.model_copy(update={"data": data, "model": recipe.place, "reinforce": reinforce, "distil": distil})

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from tunesmith.recipe.methods import Auto, OptionGroup, Positive
 
 LEAST_TEMPERATURE = 0.1
-PROMPTS, UPDATES, MOST_UPDATES = 8, 100, 500
+USUAL_PROMPTS, UPDATES, MOST_UPDATES = 8, 100, 500
 """Usual prompts of a step; steps of a run at least, and at most for the sake of seeing all prompts."""
 
 

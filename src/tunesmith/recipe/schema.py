@@ -30,6 +30,7 @@ from tunesmith.recipe.methods import (
     Words,
 )
 from tunesmith.recipe.objectives import Embed, Prefer, Rank, Reward
+from tunesmith.recipe.origin import Base
 from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.types import TASK_NAMES, Record
 
@@ -374,20 +375,6 @@ def _known_device(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
-    """Place of the model of a run now; see `tunesmith.recipe.origin`."""
-
-    model: str
-    """As it was typed."""
-    place: str
-    missing: str = ""
-    """Message if nothing is there; empty: the reader's."""
-    grader: str = ""
-    teacher: str = ""
-    """Places of the run's grader and teacher now."""
-
-
 class Recipe(OptionGroup):
     """A run, completely.
 
@@ -466,6 +453,11 @@ class Recipe(OptionGroup):
     def grader_at(self) -> str:
         """Place of the grader: as typed, or where a run's grader is now."""
         return (self.base and self.base.grader) or self.reinforce.grader or ""
+
+    @property
+    def teacher_at(self) -> str:
+        """Place of the teacher: as typed, or where a run's teacher is now."""
+        return (self.base and self.base.teacher) or self.distil.teacher or ""
 
     def on_base(self, base: Base) -> Recipe:
         """This recipe, with its model at another place."""

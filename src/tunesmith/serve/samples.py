@@ -73,13 +73,15 @@ class SampledModel:
         """`num` samples of each question, or why it cannot be asked. The same seed draws the same answers."""
         answers: list[list[Sample] | str] = []
         for i, question in enumerate(questions):
-            how: dict[str, Any] = {
-                "temperature": temperature,
-                "seed": question.seed,
-                "n": num,
-                "max_tokens": max_new_tokens,
-            }
-            request = GenerationRequest(self.model.card.name, messages=question.messages, tools=question.tools, **how)
+            request = GenerationRequest(
+                self.model.card.name,
+                messages=question.messages,
+                tools=question.tools,
+                temperature=temperature,
+                seed=question.seed,
+                n=num,
+                max_tokens=max_new_tokens,
+            )
             try:
                 self._scheduler.add(self.model.prepare(i, request, self._options))
                 answers.append([Sample() for _ in range(num)])

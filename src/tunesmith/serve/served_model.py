@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tunesmith.data.branch_encoders import first_pooled, pooled
-from tunesmith.data.collate import batch_images, build_batch
+from tunesmith.data.collate import build_batch
 from tunesmith.data.images import BadImage, image_at, look_at
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import make_micro_batches, pass_cost
@@ -33,7 +33,7 @@ from tunesmith.models.pooling import pool
 from tunesmith.recipe.schema import Limits
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, ImageRef, Part, Placeholders, Pooling, Problem, Row, Source
+from tunesmith.types import Example, ImageRef, Part, Pooling, Problem, Row, Source
 
 
 @dataclass
@@ -80,22 +80,13 @@ class ServedModel:
             max_new_tokens=self._max_new_tokens(request, len(prompt), options),
             stop_ids=frozenset(self.renderer.stop_ids),
             strip=not TASKS[self.renderer.task_name].raw_text,
-            images=batch_images([image for _, _, image in images], self._placeholders.pixels) if images else (),
+            images=self.renderer.batch_images([[image for _, _, image in images]]) if images else (),
             grammar=None if request.json_schema is None else self.grammars.compile(request.json_schema),
         )
 
     def decoder_of(self, request: PreparedRequest) -> Decoder:
         """The decoder that answers a request."""
         return self.decoder.seeing if request.images and self.decoder.seeing is not None else self.decoder
-
-    @property
-    def _placeholders(self) -> Placeholders:
-        """Raises RequestError for a model that reads text alone."""
-        placeholders = self.renderer.placeholders
-        if placeholders is None or self.decoder.seeing is None or not self.card.sees:
-            message = f"{self.card.name} reads text alone: leave the image out, or ask a model that sees"
-            raise RequestError(message, code="no_images_here", param="messages")
-        return placeholders
 
     def _images(self, request: GenerationRequest) -> list[tuple[int, int, ImageRef]]:
         """The images of a request: index of message, character, and what its header
@@ -104,8 +95,10 @@ class ServedModel:
         if len(request.images) > limits.images:  # of a few kilobytes each takes a tenth of a second to decode
             words = f"{len(request.images):,} images, and at most {limits.images} are read: show fewer"
             raise RequestError(words, code="too_many_images", param="messages")
+        if request.images and (self.decoder.seeing is None or not self.card.sees):
+            words = f"{self.card.name} reads text alone: leave the image out, or ask a model that sees"
+            raise RequestError(words, code="no_images_here", param="messages")
         for message, place, content in request.images:
-            assert self._placeholders is not None, "it raises otherwise"
             try:
                 image = look_at(image_at({"base64": content}, f"messages[{message}]"), Path(), limits)
             except BadImage as bad:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tunesmith.phrases import mix_text, percent, plural
-from tunesmith.summaries.words import label_counts
+from tunesmith.phrases import percent, plural
+from tunesmith.summaries.words import label_counts, mix_text
 from tunesmith.types import Record
 
 _LABEL_KINDS = {"one": "one a row", "many": "any number a row", "tags": "a tag for each word"}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.phrases import PHASES, about, percent
+from tunesmith.phrases import about, percent
 from tunesmith.runs.folder import Run, model_shown
+from tunesmith.summaries.words import PHASES
 from tunesmith.types import Event, JsonObject
 
 if TYPE_CHECKING:

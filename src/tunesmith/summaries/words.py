@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import phrases
 from tunesmith.evaluation.metrics import info_of, is_restated
 from tunesmith.evaluation.series import RunSeries, measures_of
-from tunesmith.phrases import about, between, duration, mix_text, one_line, percent, plural, size, visible
+from tunesmith.phrases import about, between, duration, one_line, percent, plural, size, visible
 from tunesmith.types import Event, Record
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.bootstrap import Interval
 
+PHASES = {
+    "read": "reading rows",
+    "hash": "fingerprinting data",
+    "join": "waiting for the processes of the other devices",
+    "encode": "encoding rows",
+    "load": "loading the model",
+    "plan": "predicting memory and time",
+    "probe": "trying the heaviest step",
+    "train": "training",
+    "evaluate": "measuring held-out rows",
+    "reference": "measuring rows with the untouched model",
+    "teacher": "reading rows with the teacher",
+    "documents": "reading documents",
+    "answer": "answering held-out prompts",
+    "draw": "drawing answers",
+    "grade": "grading",
+    "check": "checking rows",
+    "general": "measuring general ability",
+    "tuned": "reading the tuned model",
+    "report": "drawing the report",
+    "surprise": "looking for high-loss training rows",
+    "download": "downloading the model",
+}
+"""Words for the phases whose progress is reported; an unknown phase is shown by its key."""
 LIST_METRICS = (
     "accuracy", "macro_f1", "micro_f1", "span_f1", "preference_accuracy", "recall_1", "ndcg_10", "spearman",
     "exact_match", "rougeL", "token_accuracy",
@@ -142,6 +166,14 @@ def plan_facts(plan: Record) -> list[tuple[str, str]]:
         probed = probe_facts(plan["probe"], plan.get("forecast"))
         facts += [(f"measured {name}", text) for name, text in probed]
     return [fact for fact in facts if fact[1]]
+
+
+def mix_text(sources: Sequence[Record]) -> str:
+    """Shares of sources of rows: a.jsonl 70 % (a row 1 × an epoch), b.jsonl 30 % (a row 0.43 × an epoch)."""
+    return ", ".join(
+        f"{source['path']} {100 * source['share']:.3g} % (each row {source['times']:.3g} × an epoch)"
+        for source in sources
+    )
 
 
 def _steps(plan: Record) -> str:

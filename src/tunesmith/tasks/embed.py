@@ -26,20 +26,20 @@ def _from_model(recipe: Recipe, located: ModelRef) -> list[Choice]:
     options, size = recipe.embed, model_size(located).hidden
     if wrong := [dim for dim in options.dims if dim > size]:
         raise RecipeError(f"embed.dims: {wrong[0]}: the vectors of {located.name} have {size} numbers. Use fewer.")
-    found = None if located.is_gguf else find_pooling(located.path)
-    why = "as the model's files say" if found else "the model's files do not say"
-    found = found or Pooling("last" if model_kind(located) == "causal" else "mean", True)
+    named = None if located.is_gguf else find_pooling(located.path)
+    why = "as the model's files say" if named else "the model's files do not say"
+    pooling = named or Pooling("last" if model_kind(located) == "causal" else "mean", True)
     choices = []
-    for key, value in (("pooling", found.kind), ("normalize", found.normalizes)):
+    for key, value in (("pooling", pooling.kind), ("normalize", pooling.normalizes)):
         if getattr(options, key) == "auto":
             choices.append(Choice(f"embed.{key}", value, why))
     for key in ("query_prompt", "document_prompt"):
-        if getattr(options, key) is None and getattr(found, key):
-            choices.append(Choice(f"embed.{key}", getattr(found, key), why))
-    if options.include_prompt is None and not found.include_prompt:
+        if getattr(options, key) is None and getattr(pooling, key):
+            choices.append(Choice(f"embed.{key}", getattr(pooling, key), why))
+    if options.include_prompt is None and not pooling.include_prompt:
         choices.append(Choice("embed.include_prompt", False, why))
-    if recipe.data.max_tokens == "auto" and found.max_tokens is not None:
-        choices.append(Choice("data.max_tokens", min(found.max_tokens, model_size(located).max_tokens), why))
+    if recipe.data.max_tokens == "auto" and pooling.max_tokens is not None:
+        choices.append(Choice("data.max_tokens", min(pooling.max_tokens, model_size(located).max_tokens), why))
     return choices
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 from tunesmith.errors import RecipeError
 from tunesmith.phrases import plural
-from tunesmith.recipe.reinforcement import PROMPTS, Reinforce, updates_of
+from tunesmith.recipe.reinforcement import USUAL_PROMPTS, Reinforce, updates_of
 from tunesmith.recipe.schema import EvaluationOptions
 from tunesmith.tasks.policy_losses import losses_of
 from tunesmith.tasks.task import OwnSection, Rates, Task
-from tunesmith.types import Choice, JsonObject, TaskName
+from tunesmith.types import REWARD_KEY, Choice, JsonObject, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.models.resolve_model import ModelRef
@@ -140,11 +140,11 @@ REINFORCE = Task(
     writes_answers=True,
     answer_key="answer",
     on_overlong=("error", "an answer needs its whole prompt"),
-    headline_metrics=("reward", "pass_1"),
+    headline_metrics=(REWARD_KEY, "pass_1"),
     next_commands=(("chat", "--compare"), ("serve",), ("show",)),
     samples=True,
     outcome="graded",
-    rows_per_step=PROMPTS,
+    rows_per_step=USUAL_PROMPTS,
     rates=Rates(adapter=(2e-4, 2e-5), full=(1e-5, 1e-6)),
     section=OwnSection("reinforce", from_model=_check),
 )

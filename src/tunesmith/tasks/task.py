@@ -132,8 +132,12 @@ class Task:
     """The aim of tuning, as a report says it: "continue texts"; empty: the name."""
     is_chat: bool = False
     """Rows are conversations in the model's chat template."""
+    shows_images: bool = False
+    """A user's turn may have images, for a model that sees."""
     raw_text: bool = False
     """No template is put around the text, and white space of answers counts."""
+    in_windows: bool = False
+    """Rows are documents, learnt whole: a long one in several windows."""
     has_prompt: bool = False
     """`data.prompt` is put in front of the text."""
     writes_answers: bool = False

@@ -1,4 +1,4 @@
-"""Draws what a step of task reinforce learns: answers to its prompts, their grades, and what each is worth.
+"""Draws what a step of task reinforce learns: answers to its prompts, their grades, and the advantage of each.
 
 A draw is a function of the weights, the seed, the step, the prompts and the grades. Grades are kept by
 the digest of all they follow from, so that a resumed run gets those that it got before, also of a
@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler, sort_keys
 from tunesmith.errors import RunError, UngradedError
+from tunesmith.evaluation.graded_scores import mean
 from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing
 from tunesmith.graders.grade import FAILURES, Answer, Grade
 from tunesmith.graders.kept import KeptGrades
@@ -43,7 +44,7 @@ from tunesmith.tasks.policy_losses import STATS, VALUE_COLUMNS, Seen, log_probs,
 from tunesmith.tasks.reinforce import advantages, divisor, has_spread
 from tunesmith.training.groups import DrawnStep, Group, all_answers, all_rows, first_grades
 from tunesmith.training.state import Drawn, TrainState
-from tunesmith.types import Example, JsonObject, Record, Row
+from tunesmith.types import REWARD_KEY, Example, JsonObject, Record, Row
 
 SEEDS = 2**64 - 7
 """Purpose of the random numbers that draw answers, see `sampler.sort_keys`."""
@@ -53,8 +54,18 @@ LEAST_GRADED = 0.5
 """Share of a step's answers without which it is not learnt."""
 
 
-Worth = tuple[Group, int, float]
-"""An answer that counts, by its group and its number in it, and its advantage."""
+class CountedAnswer(NamedTuple):
+    """An answer with a reward that counts."""
+
+    group: Group
+    number: int
+    """Its place in the group."""
+    advantage: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens."""
+        return len(self.group.answers[self.number].ids)
 
 
 @dataclass
@@ -104,9 +115,12 @@ class Drawing:
         if isinstance(loss_sum, partial) and loss_sum.func is policy_loss_sum:  # and no other that a caller gave
             loss_sum = partial(loss_sum, seen=seen)
         view = replace(view, task=replace(view.task, loss_sum=loss_sum))
-        values = _values_of(drawn.groups)
-        rows = [group.row for group in drawn.groups]
-        return Drawn(view, rows, lambda: {**values, **_found(state.world, seen, self.options)}, drawn.timing)
+        of_answers = _values_of(drawn.groups)
+
+        def values() -> JsonObject:
+            return {**of_answers, **_values_of_tokens(state.world, seen, self.options)}
+
+        return Drawn(view, [group.row for group in drawn.groups], values, drawn.timing)
 
     def _draw(self, state: TrainState, step: int) -> None:
         """Draw for a step and for those that learn from the same draw. Nothing is
@@ -154,21 +168,17 @@ class Drawing:
         most = self.options.keep_answers
         if self.folder is None or not most:
             return
-        worth = {(id(group), i): advantage for group, i, advantage in self._worth(groups)}
+        advantage_of = {(id(group), i): advantage for group, i, advantage in self._counted(groups)}
         lines = [
             {
                 "source": str(store.source(group.row)),
                 "sample": i + 1,
-                "text": answer.text,
-                "reward": grade.reward,
-                "advantage": worth.get((id(group), i)),
-                "scores": dict(grade.scores),
-                "error": grade.error,
-                "ended": answer.ended,
-                "tokens": len(answer.ids),
+                **record,
+                "advantage": advantage_of.get((id(group), i)),
+                "error": group.grades[i].error,
             }
             for group in groups
-            for i, (answer, grade) in enumerate(zip(group.answers, group.grades, strict=True))
+            for i, record in enumerate(group.records())
         ]
         with storing(self.folder):
             self.folder.mkdir(exist_ok=True)
@@ -220,9 +230,17 @@ class Drawing:
             if reports:
                 self.tick("draw", len(ended) * num, len(mine) * num)
 
+        options = self.options
+        settings = Draw.of(
+            self.renderer,
+            num=num,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+            streams=resolved(options.streams),
+        )
         with drawing(cast(Any, state.model)) as decoder:
             ids = [store.row(rows[at]).ids.tolist() for at in mine]
-            of_mine = draw_answers(decoder, ids, [seeds[at] for at in mine], self._how(num), on_answers=grade)
+            of_mine = draw_answers(decoder, ids, [seeds[at] for at in mine], settings, on_answers=grade)
         answers, drawn_s = all_answers(world, of_mine, len(rows)), time.perf_counter() - began
         if world.is_first:
             left = [at for at in range(len(rows)) if at not in futures]
@@ -245,18 +263,6 @@ class Drawing:
         ]
         return Group(row, answers, grades, rewards)
 
-    def _how(self, num: int) -> Draw:
-        options = self.options
-        return Draw(
-            tokenizer=self.renderer.tokenizer,
-            stop_ids=frozenset(self.renderer.stop_ids),
-            num=num,
-            temperature=options.temperature,
-            max_new_tokens=options.max_new_tokens,
-            streams=resolved(options.streams),
-            strip=True,
-        )
-
     def view(self, state: TrainState, groups: Sequence[Group], old: Sequence[NDArray[np.float32]] = ()) -> TrainState:
         """The state with the answers of these groups as its rows, see `_learnt`. `old`: [N] of each of these
         rows, log π_old; none: the weights that learn have drawn them."""
@@ -270,19 +276,19 @@ class Drawing:
     def _learnt(self, state: TrainState, groups: Sequence[Group]) -> TrainState:
         """The state with those answers as its rows that teach something, which have all other answers' share in
         the divisor too; the shortest one where none does, for an update without a gradient."""
-        options, worth = self.options, self._worth(groups)
-        lengths = [len(group.answers[i].ids) for group, i, _ in worth]
-        learnt = [entry for entry in worth if entry[2] != 0 or options.kl]
-        learnt = learnt or [min(worth, key=lambda entry: len(entry[0].answers[entry[1]].ids))]
-        store = AnswerStore([self._row(state.store, *entry) for entry in learnt], divisor(lengths, options))
+        options, counted = self.options, self._counted(groups)
+        learnt = [answer for answer in counted if answer.advantage != 0 or options.kl]
+        learnt = learnt or [min(counted, key=lambda answer: answer.num_tokens)]
+        step_divisor = divisor([answer.num_tokens for answer in counted], options)
+        store = AnswerStore([self._row(state.store, *answer) for answer in learnt], step_divisor)
         return over_answers(state, store, shares=self.shares)
 
-    def _worth(self, groups: Sequence[Group]) -> list[Worth]:
-        worth: list[Worth] = []
+    def _counted(self, groups: Sequence[Group]) -> list[CountedAnswer]:
+        counted: list[CountedAnswer] = []
         for group, of_group in zip(groups, advantages([group.scored for group in groups], self.options), strict=True):
-            counted = [i for i, reward in enumerate(group.rewards) if reward is not None]
-            worth += [(group, i, advantage) for i, advantage in zip(counted, of_group, strict=True)]
-        return worth
+            numbers = [i for i, reward in enumerate(group.rewards) if reward is not None]
+            counted += [CountedAnswer(group, i, advantage) for i, advantage in zip(numbers, of_group, strict=True)]
+        return counted
 
     def everything(self, state: TrainState, groups: Sequence[Group]) -> TrainState:
         """The state with all answers of these groups as its rows, whatever their grades."""
@@ -359,6 +365,17 @@ def seeds_of(store: RowStore, rows: Sequence[int], *, seed: int, step: int) -> l
     return seeds
 
 
+def values_of_answers(answers: Sequence[DrawnAnswer]) -> JsonObject:
+    """Values of a step: the lengths of its answers, and how sure the model was of their tokens."""
+    lengths = [len(answer.ids) for answer in answers]
+    return {
+        "ended": sum(answer.ended for answer in answers) / len(answers),
+        "answer_tokens": sum(lengths) / len(lengths),
+        "longest_answer": max(lengths),
+        "surprise": -math.fsum(logp for answer in answers for logp in answer.logps) / sum(lengths),
+    }
+
+
 def _fill(view: TrainState, column: str, logps: Sequence[NDArray[np.float32]]) -> None:
     """Write log-probabilities [N] of each row into a column of its numbers."""
     for row, logps_N in enumerate(logps):
@@ -376,40 +393,32 @@ def _numbers(answer: DrawnAnswer, advantage: float, *, by_answer: bool) -> NDArr
 
 
 def _values_of(groups: Sequence[Group]) -> JsonObject:
-    """Values of a step's answers: rewards, lengths, and how sure the model was."""
+    """Values of a step: rewards and failed grades of its answers, and `values_of_answers`."""
     grades = [grade for group in groups for grade in group.grades]
     answers = [answer for group in groups for answer in group.answers]
     rewards = np.array([grade.reward for grade in grades if grade.reward is not None])
     names = sorted({name for grade in grades for name in grade.scores})
+    scores = {name: mean([grade.scores[name] for grade in grades if name in grade.scores]) for name in names}
     failed = Counter(grade.kind for grade in grades if grade.kind is not None)
-    lengths = [len(answer.ids) for answer in answers]
     return {
-        "reward": float(rewards.mean()),
+        REWARD_KEY: float(rewards.mean()),
         "reward_deviation": float(rewards.std()),
         "spread": sum(has_spread(group.scored) for group in groups) / len(groups),
         "answers": len(answers),
-        "ended": sum(answer.ended for answer in answers) / len(answers),
-        "answer_tokens": sum(lengths) / len(lengths),
-        "longest_answer": max(lengths),
-        "surprise": -math.fsum(logp for answer in answers for logp in answer.logps) / sum(lengths),
-        **({"scores": {name: _mean_score(grades, name) for name in names}} if names else {}),
+        **values_of_answers(answers),
+        **({"scores": scores} if scores else {}),
         **({"unscored": dict(sorted(failed.items()))} if failed else {}),
     }
 
 
-def _mean_score(grades: Sequence[Grade], name: str) -> float:
-    scores = [grade.scores[name] for grade in grades if name in grade.scores]
-    return math.fsum(scores) / len(scores)
-
-
-def _found(world: World, seen: Seen, options: Reinforce) -> Record:
-    """Values of the tokens that were learnt, on all ranks: their mismatch with what drew them,
-    and what became of their losses."""
+def _values_of_tokens(world: World, seen: Seen, options: Reinforce) -> Record:
+    """Values of a step: the mismatch of its tokens, on all ranks, with what drew them, and what became of their
+    losses."""
     by_row = all_rows(world, {row: sums_S.cpu().numpy() for row, sums_S in seen.items()})
     if not by_row:
         return {}
     sums_BS = torch.tensor(np.stack([by_row[row] for row in sorted(by_row)])).double()
-    of = dict(zip(STATS, sums_BS.sum(0).tolist(), strict=True))
-    values = {key: of[key] / of["tokens"] for key in ("mismatch", "corrected", "clipped_low", "clipped_high")}
+    sums = dict(zip(STATS, sums_BS.sum(0).tolist(), strict=True))
+    values = {key: sums[key] / sums["tokens"] for key in ("mismatch", "corrected", "clipped_low", "clipped_high")}
     values["largest_mismatch"] = float(sums_BS[:, STATS.index("largest")].max())
-    return values | ({"kl": of["kl"] / of["tokens"]} if options.kl else {})
+    return values | ({"kl": sums["kl"] / sums["tokens"]} if options.kl else {})

@@ -106,7 +106,7 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
     seconds = time.perf_counter() - started
     progress.evaluate_seconds += seconds
     sources = loss_by_source(results, setup.rows.held_sources()) if len(rows_I) == len(setup.rows.held_rows) else {}
-    documents = {"documents": len(np.unique(hashes_I))} if setup.task.name == "text" else {}
+    documents = {"documents": len(np.unique(hashes_I))} if setup.task.in_windows else {}
     if name == "step":
         _remember(session, _metric(measures, setup.recipe.evaluation.metric), measures["loss"]["value"])
     values = {
@@ -166,7 +166,7 @@ def _lines(
     setup = session.setup
     known = setup.rows.texts(store, rows_I)
     texts = [known.get(int(row)) for row in rows_I]
-    if (num := texts.count(None)) and setup.task.name != "text":
+    if (num := texts.count(None)) and not setup.task.in_windows:
         words = "row is shown as its tokens spell it" if num == 1 else "rows are shown as their tokens spell them"
         session.emit("note", {"text": f"{num:,} {words}: the data files are not here, or have changed"})
     return row_lines(store, rows_I, results, tokenizer=setup.renderer.tokenizer, texts=texts)
@@ -195,16 +195,16 @@ def _answer(session: Session, name: str, writing: Continuation | None) -> None:
     setup = session.setup
     if not prompts_of(setup, name):
         return
-    given = []
+    written = []
     for index, sample in enumerate(samples(session, name, writing)):
-        given.append(sample)
+        written.append(sample)
         shown = prompts_of(setup, name)[index].images[:MOST_SHOWN] if index < FEW_ANSWERS else ()
         images = {"images": [thumbnail(image) for image in shown]} if shown else {}
         session.emit("sample", {"name": name, "index": index, **sample, **images})
     if not setup.world.is_first or name == "step":
         return
-    answers, references = [[sample[key] for sample in given] for key in ("answer", "reference")]
-    scored = zip(given, answer_scores(answers, references), strict=True)
+    answers, references = [[sample[key] for sample in written] for key in ("answer", "reference")]
+    scored = zip(written, answer_scores(answers, references), strict=True)
     lines = [{**{key: sample[key] for key in _OF_AN_ANSWER}, **scores} for sample, scores in scored]
     _write(session, f"answers-{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
     measures = score_answers(answers, references)

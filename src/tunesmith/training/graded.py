@@ -15,7 +15,6 @@ from tunesmith.phrases import plural
 from tunesmith.recipe.schema import resolved
 from tunesmith.training.groups import Group
 from tunesmith.training.progress import Session
-from tunesmith.types import JsonObject
 
 
 def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[RowResult]]:
@@ -33,7 +32,7 @@ def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[Ro
     results = [
         (group.row, result)
         for group in groups
-        if (result := graded_result(int(store.hashes[group.row]), _answers(group), options.passes)) is not None
+        if (result := graded_result(int(store.hashes[group.row]), group.records(), options.passes)) is not None
     ]
     failed = [grade for group in groups for grade in group.grades if grade.reward is None]
     if not results:
@@ -46,19 +45,6 @@ def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[Ro
     evaluation = setup.recipe.evaluation
     _show(session, name, groups[: evaluation.samples_on_the_way if name == "step" else resolved(evaluation.samples)])
     return np.array([row for row, _ in results], np.int64), [result for _, result in results]
-
-
-def _answers(group: Group) -> list[JsonObject]:
-    return [
-        {
-            "text": answer.text,
-            "reward": grade.reward,
-            "scores": dict(grade.scores),
-            "ended": answer.ended,
-            "tokens": len(answer.ids),
-        }
-        for answer, grade in zip(group.answers, group.grades, strict=True)
-    ]
 
 
 def _show(session: Session, name: str, groups: list[Group]) -> None:

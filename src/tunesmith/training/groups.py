@@ -1,6 +1,8 @@
-"""Answers to the prompts of a step with their grades, drawn at the step or some steps before
-it: as JSON, so that a checkpoint between a draw and its last step has what is left of it, and
-as all ranks have them together."""
+"""Answers to the prompts of a step with their grades, which are drawn at the step or some steps before it.
+
+They become JSON, since a checkpoint between a draw and its last step has what is left of it; and all ranks get
+what each has drawn.
+"""
 
 # N trained tokens of an answer
 
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from tunesmith.generation.draws import DrawnAnswer
 from tunesmith.graders.grade import Grade
 from tunesmith.parallel.world import World
-from tunesmith.types import JsonObject
+from tunesmith.types import REWARD_KEY, JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,6 @@ class Group:
     row: int
     answers: Sequence[DrawnAnswer]
     grades: Sequence[Grade]
-
     rewards: Sequence[float | None]
     """None: the answer has no reward, or was cut and is left out."""
 
@@ -34,6 +35,19 @@ class Group:
     def scored(self) -> list[float]:
         """The rewards of the answers that count."""
         return [reward for reward in self.rewards if reward is not None]
+
+    def records(self) -> list[JsonObject]:
+        """Each answer with its grade, as files and results have it."""
+        return [
+            {
+                "text": answer.text,
+                REWARD_KEY: grade.reward,
+                "scores": dict(grade.scores),
+                "ended": answer.ended,
+                "tokens": len(answer.ids),
+            }
+            for answer, grade in zip(self.answers, self.grades, strict=True)
+        ]
 
     def values(self) -> JsonObject:
         """As JSON; floats are exact in it."""

@@ -107,7 +107,7 @@ def _computed(state: TrainState, sampler: StepSampler, step: int) -> tuple[StepG
     masks than those that were looked at.
     """
     done = compute_gradients(state, sampler, step)
-    met = meet(state.world, state.attachment.shared, done.own, num_targets=done.num_targets)
+    met = meet(state.world, state.attachment.shared, done.computed, num_targets=done.num_targets)
     if state.world.size == 1 or state.task.prepass is None or met.exhausted is not None or met.tokens_per_pass is None:
         return done, met
     drop_gradients(state)

@@ -42,7 +42,6 @@ from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster, measured_tokens
 from tunesmith.planning.memory import TORCH_DTYPES
-from tunesmith.recipe.distillation import teacher_of
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.folder import Run
@@ -307,7 +306,7 @@ def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
     if recipe.reinforce.grader is not None:
         num_bytes += weights_of(graders.load(recipe.grader_at), root, offline=offline)
     if recipe.distil.teacher is not None:
-        num_bytes += weights_of_any(teacher_of(recipe), root, offline=offline)
+        num_bytes += weights_of_any(recipe.teacher_at, root, offline=offline)
     return num_bytes
 
 

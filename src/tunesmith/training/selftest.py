@@ -23,7 +23,7 @@ from tunesmith.methods import restore
 from tunesmith.models import load
 from tunesmith.models.load import model_kind
 from tunesmith.models.packing_check import TOLERANCES
-from tunesmith.models.resolve_model import resolve_base
+from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.optim import Optimizer
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
@@ -100,7 +100,9 @@ def _small(recipe: Recipe, folder: Path, *, offline: bool) -> Recipe:
         return recipe.model_copy(update={"train": recipe.train.model_copy(update={"rows_per_step": 4})})
     data = recipe.model_dump()
     file = folder / "rows.jsonl"
-    task = _task_of(recipe, offline=offline) if recipe.task == "auto" else recipe.task
+    task = recipe.task
+    if task == "auto":
+        task = _task_of(resolve_base(recipe, offline=offline, weights=False), recipe.data.template_at)
     rows = [_row_of(task, question, answer) for question, answer in QUESTIONS]
     file.write_bytes(b"\n".join(map(orjson.dumps, rows)))
     data["data"] |= {"train": [{"path": str(file)}], "held_out": 0.1}
@@ -115,11 +117,10 @@ def _row_of(name: TaskName, question: str, answer: str) -> JsonObject:
     return task.record(f"{question} {answer}", kind) if task.learns_classes else task.record(question, answer)
 
 
-def _task_of(recipe: Recipe, *, offline: bool) -> TaskName:
-    """The task that is usual for the recipe's model."""
-    located = resolve_base(recipe, offline=offline, weights=False)
+def _task_of(located: ModelRef, template: str | None) -> TaskName:
+    """The task that is usual for a model."""
     kind = model_kind(located)
-    tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=lambda note: None)
+    tokenizer = load.load_tokenizer(located, template, on_note=lambda note: None)
     fitting = [task for task in TASKS.values() if kind in task.heads and (tokenizer.chat_template or not task.is_chat)]
     # An encoder of sentences has no head for masked tokens, and every encoder can get one for classes.
     return min(fitting, key=lambda task: kind == "encoder" and not task.learns_classes).name

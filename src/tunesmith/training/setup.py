@@ -410,7 +410,7 @@ def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes:
 
 
 def _identity(
-    recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], answers: Drawing | None, *,
+    recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], drawing: Drawing | None, *,
     teacher: Teacher | None,
 ) -> dict[str, str]:  # fmt: skip
     """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
@@ -427,7 +427,7 @@ def _identity(
         "rows": rows.store.key,
         "held-out rows": rows.held_store.key,
         "setting order of rows": f"version {sampler.ORDER_VERSION}",
-        **({} if answers is None else {"grader": answers.pool.identity}),
+        **({} if drawing is None else {"grader": drawing.pool.identity}),
         **({} if not rows.has_images else {"images": f"{rows.store.summary.images} {rows.held_store.summary.images}"}),
         **({} if teacher is None else {"teacher": teacher.digest}),
     }
@@ -473,7 +473,7 @@ def collators(
     Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is
     computed whole, as in a later evaluation of the result.
     """
-    tokenizer, layout, placeholders = inputs.renderer.tokenizer, sampler.layout, inputs.renderer.placeholders
+    tokenizer, layout = inputs.renderer.tokenizer, sampler.layout
     is_masked = inputs.head == "masked_token"
     choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
 
@@ -488,7 +488,7 @@ def collators(
             pad_id=pad_id(model, tokenizer),
             shares=shares,
             pools=TASKS[resolved(recipe.task)].pools,
-            pixels=None if placeholders is None else placeholders.pixels,
+            batch_images=inputs.renderer.batch_images,
             pads=pads_to_multiple(layout, device=torch.device(device).type, precision=resolved(recipe.precision)),
         )
 

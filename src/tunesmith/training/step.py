@@ -27,7 +27,8 @@ class StepGradients:
 
     sampler: StepSampler
     """The sampler of the next step: with smaller micro-batches if memory ran out."""
-    own: Computed
+    computed: Computed
+    """The part of this process alone."""
     num_targets: float
     """Targets of the whole step."""
     norm: float | None = None
@@ -47,24 +48,26 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
         passes, idle = sampler.step(step), sampler.idle(step)
         losses: list[Tensor] = []
         of_rows: list[Tensor] = []
-        computed = 0
+        num_computed = 0
         try:
-            # Together, all ranks look once, whichever runs out of memory.
+            # 1. The loss of the step. Together, all ranks look at its rows once, whichever runs out of memory.
             if loss_of is None or state.world.size == 1:
                 loss_of = step_loss(state, passes, step)
+            # 2. Forward and backward of each micro-batch; idle ones keep pace with other ranks and count nothing.
             torch.manual_seed(_step_seed(state.recipe.seed, step, sampler.part[0]))
             for batch in _batches(state, [*passes, *idle], step, "learnt"):
                 divisor = num_targets if len(losses) < len(passes) else math.inf
                 losses.append(_pass(state, batch, divisor, loss_of))
                 of_rows += _by_row(batch) if len(losses) <= len(passes) else []
-                computed += batch.num_computed
+                num_computed += batch.num_computed
+            # 3. The sums are read, and in float16 the step is made anew where its gradients overflowed.
             state.loss_scale.undo(state.attachment.trained.values())
             sums, rows, norm = _read(state, losses[: len(passes)], of_rows)
             if norm is not None and all(map(math.isfinite, sums)) and state.loss_scale.gives_way(norm):
-                drop_gradients(state)  # they overflowed in float16: the step is made anew with half the scale
+                drop_gradients(state)
                 continue
-            own = replace(_own(state, sampler, passes, sums, computed, halved=halved), row_losses=rows)
-            return StepGradients(sampler, own, num_targets, norm)
+            computed = _rank_result(state, sampler, passes, sums, num_computed, halved=halved)
+            return StepGradients(sampler, replace(computed, row_losses=rows), num_targets, norm)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -73,12 +76,13 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
                     f"step {step}: out of memory on rank {state.world.rank}, and the layers are split over the "
                     f"devices: the others cannot go on. {_smaller(sampler)}"
                 ) from error
-        # Outside of the handler, whose traceback holds the tensors of the pass.
+        # 4. Memory ended. Outside of the handler, whose traceback holds the tensors of the pass.
         drop_gradients(state)
         if all(len(rows) == 1 for rows in passes):
-            own = _own(state, sampler, [], [], 0, halved=halved)
+            nothing = _rank_result(state, sampler, [], [], 0, halved=halved)
             longest = sampler.lengths_of(passes[min(len(losses), len(passes) - 1)])[0]
-            return StepGradients(sampler, replace(own, exhausted=Exhausted(longest, own.peak)), num_targets)
+            exhausted = Exhausted(longest, nothing.peak)
+            return StepGradients(sampler, replace(nothing, exhausted=exhausted), num_targets)
         largest = max(map(sampler.computed, passes))
         # Never more than before: a row longer than the limit is a micro-batch of its own.
         sampler, halved = replace(sampler, tokens_per_pass=max(1, min(largest, sampler.tokens_per_pass) // 2)), True
@@ -107,14 +111,14 @@ def _read(
     return read[: len(losses)], read[len(sums) :], read[len(losses)] if norms else None
 
 
-def _own(
-    state: TrainState, sampler: StepSampler, passes: list[MicroBatch], losses: list[float], size: int, *, halved: bool
+def _rank_result(
+    state: TrainState, sampler: StepSampler, passes: list[MicroBatch], losses: list[float], num: int, *, halved: bool
 ) -> Computed:
     return Computed(
         micro_batches=passes,
         losses=losses,
         targets=sum(float(state.store.denominators[i]) for rows in passes for i in rows),
-        computed=size,
+        computed=num,
         peak=peak_memory_bytes(state.device),
         tokens_per_pass=sampler.tokens_per_pass if halved else None,
     )
@@ -194,11 +198,11 @@ def step_norm(state: TrainState) -> float:
     """Norm of the gradients of a step: of those that every rank has, and of the
     pieces that each has of others."""
     attachment = state.attachment
-    own = gradient_norm(attachment.shared.values())
+    norm = gradient_norm(attachment.shared.values())
     if not attachment.shards:
-        return own
+        return norm
     pieces = gradient_norm(attachment.trained[name] for name in attachment.shards)
-    return math.hypot(own, *state.world.gather_values(pieces))
+    return math.hypot(norm, *state.world.gather_values(pieces))
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -168,7 +168,7 @@ def label_counts(setup: Setup) -> dict[str, int]:
 
 def window_count(setup: Setup) -> str:
     """A sentence on how documents were cut; empty for other tasks."""
-    if setup.task.name != "text":
+    if not setup.task.in_windows:
         return ""
     store, rows_I = setup.rows.store, setup.rows.train_rows
     places = np.stack([store.file_index[rows_I], store.lines[rows_I]])

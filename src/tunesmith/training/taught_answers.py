@@ -28,11 +28,11 @@ from tunesmith.models.fused_loss import OutputLayer
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks.distil import DISTIL
 from tunesmith.tasks.distil_losses import reverse_loss_sum
-from tunesmith.training.draw import over_answers, seeds_of
+from tunesmith.training.draw import over_answers, seeds_of, values_of_answers
 from tunesmith.training.resolve import ResolvedRun
 from tunesmith.training.state import Drawn, TrainState
 from tunesmith.training.teacher import Teacher, load_teacher
-from tunesmith.types import JsonObject, Row, required
+from tunesmith.types import Row, required
 
 STREAMS = 64
 """Most answers decoded together. Another number changes rounding."""
@@ -58,18 +58,16 @@ class Distilling:
         taught = [replace(row, values_NC=hidden_ND) for row, hidden_ND in zip(learnt, hidden, strict=True)]
         store = AnswerStore(taught, float(sum(len(answer.ids) for answer in answers)))
         timing = {"draw": drawn_s, "teacher": time.perf_counter() - began - drawn_s}
-        return Drawn(self._view(state, store), rows, lambda: _values_of(answers), timing)
+        return Drawn(self._view(state, store), rows, lambda: values_of_answers(answers), timing)
 
     def _answers(self, state: TrainState, rows: Sequence[int], step: int) -> list[DrawnAnswer]:
         options = self.recipe.distil
-        settings = Draw(
-            tokenizer=self.renderer.tokenizer,
-            stop_ids=frozenset(self.renderer.stop_ids),
+        settings = Draw.of(
+            self.renderer,
             num=1,
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
             streams=STREAMS,
-            strip=True,
         )
         seeds = seeds_of(state.store, rows, seed=self.recipe.seed, step=step)
         prompts = [prompt_of(state.store.row(row)).tolist() for row in rows]
@@ -104,7 +102,14 @@ def taught_by(
         )
     if recipe.distil.on_policy:
         refuse_undrawable(inputs.located.name, model)
-    teacher = load_teacher(recipe, inputs.renderer.tokenizer, root=plan.root, offline=plan.offline)
+    teacher = load_teacher(
+        recipe.distil,
+        recipe.teacher_at,
+        inputs.renderer.tokenizer,
+        device=resolved(recipe.device),
+        root=plan.root,
+        offline=plan.offline,
+    )
     return teacher, Distilling(recipe, inputs.renderer, teacher, output) if recipe.distil.on_policy else None
 
 
@@ -117,13 +122,3 @@ def prompt_of(row: Row) -> NDArray[np.int32]:
 def _row(store: RowStore, row: int, answer: DrawnAnswer) -> Row:
     source, no_values_NC = store.source(row), np.zeros((len(answer.ids), 0), np.float32)
     return answer_row(prompt_of(store.row(row)), answer.ids, no_values_NC, DrawnSource(source.path, source.line))
-
-
-def _values_of(answers: Sequence[DrawnAnswer]) -> JsonObject:
-    lengths = [len(answer.ids) for answer in answers]
-    return {
-        "ended": sum(answer.ended for answer in answers) / len(answers),
-        "answer_tokens": sum(lengths) / len(lengths),
-        "longest_answer": max(lengths),
-        "surprise": -sum(sum(answer.logps) for answer in answers) / sum(lengths),
-    }

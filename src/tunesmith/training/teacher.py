@@ -40,8 +40,7 @@ from tunesmith.models.fused_loss import OutputLayer, find_output_layer
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import eval_mode
 from tunesmith.phrases import size
-from tunesmith.recipe.distillation import Distil, teacher_of
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.distillation import Distil
 from tunesmith.runs.atomic import free_bytes, storing, writing
 from tunesmith.types import Batch, OnProgress, Row, Source
 
@@ -134,18 +133,20 @@ class Teacher:
                 yield members, build_batch(inside, members, layout="padded", device=device, pad_id=self.loaded.pad_id)
 
 
-def load_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, root: Path, offline: bool) -> Teacher:
-    """The teacher of a recipe, on the device of the run.
+def load_teacher(
+    options: Distil, place: str, tokenizer: PreTrainedTokenizerBase, *, device: str, root: Path, offline: bool
+) -> Teacher:
+    """The teacher at a place, on a device, for a model with this tokenizer.
 
     Raises RecipeError for one of another vocabulary, and for one whose probabilities cannot be computed piece
     by piece where that is needed; and what loading it does.
     """
-    options, name = recipe.distil, str(recipe.distil.teacher)
-    loaded = load_any(teacher_of(recipe), root=root, offline=offline)
+    name = str(options.teacher)
+    loaded = load_any(place, root=root, offline=offline)
     if loaded.head != "next_token" or loaded.renderer.kind != "causal":
         raise RecipeError(f"distil.teacher: {name}: it does not write text token by token. Name a model that does.")
     refuse_other_vocabulary(name, tokenizer, loaded.renderer.tokenizer)
-    loaded.model.to(resolved(recipe.device))
+    loaded.model.to(device)
     output, vocabulary = find_output_layer(loaded.model), len(tokenizer)
     if options.on_policy and output is None:
         raise RecipeError(
@@ -187,7 +188,7 @@ def use_teacher(teacher: Teacher | None, rows: Splits, run_rows: Path, *, on_pro
     if not teacher.options.on_policy:
         sides.append((rows.store, rows.train_rows))
     for store in dict.fromkeys(store for store, _ in sides):
-        rows_I = np.unique(np.concatenate([some_I for other, some_I in sides if other is store]))
+        rows_I = np.unique(np.concatenate([side_I for other, side_I in sides if other is store]))
         if len(rows_I):
             name = f"{store.key[:16]}-{_digest(teacher, rows_I)}.teacher"
             places = [run_rows / ("train" if store is rows.store else "held_out") / name, store.folder / name]

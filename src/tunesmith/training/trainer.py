@@ -201,11 +201,13 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
     listener = noted(listener, run)
     started = time.perf_counter()
     with run.lock():
+        # 1. The newest checkpoint, whose log nobody has changed.
         run.clear_stop()
         damaged: list[str] = []
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
         if newest is not None and "log" in newest.state:
             events.refuse_changed(run.events_path, newest.state["log"])
+        # 2. The run set up again, which has to be the same one.
         settings = [*settings, *settings_of_group(with_settings(run, settings), world)]
         recipe = recipe_with(run, settings)
         then = newest.state["identity"] if newest else run.identity()
@@ -223,6 +225,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
         session = Session(setup, run, progress, listener)
         for text in [*damaged, *set_before, *(f"{key}: {NAMED_LATER[key]}, as when this run began" for key in unnamed)]:
             session.emit("note", {"text": text})
+        # 3. The state of the checkpoint.
         if newest:
             use_reference(session)
             weights, optimizer = (

@@ -198,21 +198,21 @@ def prompt_alone(
 MESSAGES = Format(
     "messages",
     parse_chat,
-    ("messages", "tools", "functions", *row_images.FIELDS),
+    ("messages", "tools", "functions", *row_images.IMAGE_FIELDS),
     ("messages",),
     ("messages",),
 )
 SHAREGPT = Format(
     "sharegpt",
     partial(parse_chat, key="conversations"),
-    ("conversations", "system", "tools", *row_images.FIELDS),
+    ("conversations", "system", "tools", *row_images.IMAGE_FIELDS),
     ("conversations",),
     ("conversations",),
 )
 ALPACA = Format(
     "alpaca",
     _parse_alpaca,
-    ("instruction", "input", "output", "system", "history", *row_images.FIELDS),
+    ("instruction", "input", "output", "system", "history", *row_images.IMAGE_FIELDS),
     ("instruction", "output"),
     ("instruction",),
     matches=lambda record: "instruction" in record,
@@ -220,7 +220,7 @@ ALPACA = Format(
 PROMPT_COMPLETION = Format(
     "prompt_completion",
     parse_pair,
-    ("prompt", "completion", "tools", *row_images.FIELDS),
+    ("prompt", "completion", "tools", *row_images.IMAGE_FIELDS),
     ("prompt", "completion"),
     ("prompt",),
     matches=lambda record: "completion" in record or ("prompt" in record and record.keys().isdisjoint(_PREFERRED)),

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from tunesmith.types import Example, Problem, Record, Shape
+from tunesmith.types import Example, JsonObject, Problem, Record, Shape, Source
+
+
+class ParseRow(Protocol):
+    """The example of one row, or its problems. Not `answered`: what is to be predicted is not read."""
+
+    def __call__(self, record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,9 +20,7 @@ class Format:
     """A row of `data.formats.FORMATS`."""
 
     name: Shape
-    parse: Callable[..., Example | list[Problem]]
-    """(record, source, answered=True) -> the example of one row, or its problems. Not `answered`: what is to be
-    predicted is not read."""
+    parse: ParseRow
     fields: tuple[str, ...]
     """Every field that it knows."""
     required: tuple[str, ...]

@@ -8,10 +8,10 @@ from tunesmith.data.images import BadImage, image_at
 from tunesmith.data.problems import RowProblems
 from tunesmith.types import ImageRef, Part, Record
 
-FIELDS = ("image", "images")
+IMAGE_FIELDS = ("image", "images")
 """Fields of a row that hold its images."""
 MARKER = "<image>"
-TYPES = ("image", "image_url", "input_image")
+IMAGE_TYPES = ("image", "image_url", "input_image")
 """Types of parts that are images."""
 _ELSEWHERE = "Images may stand in the user's messages alone."
 
@@ -23,7 +23,7 @@ class RowImages:
         self._check = check
         self._listed: list[ImageRef] = []
         self._num_taken = 0
-        for field in FIELDS:
+        for field in IMAGE_FIELDS:
             value = record.get(field)
             values = value if isinstance(value, list) else [] if value in (None, "") else [value]  # "": of a CSV file
             for i, entry in enumerate(values):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import orjson
 
-from tunesmith.data.formats.row_images import TYPES, RowImages, with_images
+from tunesmith.data.formats.row_images import IMAGE_TYPES, RowImages, with_images
 from tunesmith.data.problems import RowProblems, describe_type
 from tunesmith.types import ImageRef, JsonObject, Part, Record
 
@@ -98,7 +98,7 @@ def _content(
     text, shown = "", list[tuple[int, ImageRef]]()
     for i, piece in enumerate(content):
         inside = f"{place}.content[{i}]"
-        if images is not None and isinstance(piece, dict) and piece.get("type") in TYPES:
+        if images is not None and isinstance(piece, dict) and piece.get("type") in IMAGE_TYPES:
             image = images.of_part(piece, inside, role)
             shown += [] if image is None else [(len(text), image)]
         else:
@@ -128,7 +128,7 @@ def _piece(piece: object, check: RowProblems, place: str) -> str:
         check.wrong_type(f"{place}.text", piece.get("text"), "text")
     else:
         kind = str(piece.get("type"))[:40]
-        what = "images are read in chats alone (task chat)" if kind in TYPES else "only text and images are read"
+        what = "images are read in chats alone (task chat)" if kind in IMAGE_TYPES else "only text and images are read"
         check.add("unsupported_content", f"{place} is of type {kind}: {what}.", "Remove the row.")
     return ""
 
