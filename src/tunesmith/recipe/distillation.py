@@ -11,6 +11,9 @@ from tunesmith.recipe.methods import OptionGroup, Positive
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
 
+STREAMS = 64
+"""Most answers that are drawn together, on policy. Another number changes rounding."""
+
 
 def teacher_of(recipe: Recipe) -> str:
     """Place of the teacher: as typed, or where a run's teacher is now; "" for none."""
