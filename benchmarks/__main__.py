@@ -16,8 +16,10 @@ from typing import Any
 
 from benchmarks import planning
 from benchmarks import serve as race
+from benchmarks.answers import add_answers
 from benchmarks.classify import OURS, PEERS, Settings, UnusableError, contests, cut_rows, read_rows
 from benchmarks.devices import add_devices
+from benchmarks.distil import add_distil
 from benchmarks.embeddings import add_embeddings
 from benchmarks.experts import add_experts
 from benchmarks.group import add_group
@@ -135,8 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", metavar="FOLDER", help="a new folder for what the runs leave; else it is removed")
     classify.set_defaults(run=_compare)
     _add_serve(verbs)
+    add_answers(verbs)
     add_train(verbs)
     add_devices(verbs)
+    add_distil(verbs)
     add_group(verbs)
     add_embeddings(verbs)
     add_experts(verbs)

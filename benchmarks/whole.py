@@ -27,7 +27,7 @@ from benchmarks.table import place
 PARTS = {
     "starting": (("starting",), ("start", "resume")),
     "training": (("training",), ("step",)),
-    "measured rows": (("measuring",), ("evaluation", "general")),
+    "measured rows": (("measuring", "teaching", "grading"), ("evaluation", "general")),
     "answers": (("answering",), ("sample", "answers")),
     "checkpoints": (("saving",), ("plan", "checkpoint")),
     "the end": (("finishing",), ("end",)),
@@ -138,7 +138,7 @@ def _version(python: str | None) -> str:
 
 def foreseen(seconds: dict[str, Any], part: str) -> float:
     """Of a forecast, for one part of the run."""
-    return sum(seconds["work"][kind]["seconds"] for kind in PARTS[part][0])
+    return sum(seconds["work"].get(kind, {"seconds": 0.0})["seconds"] for kind in PARTS[part][0])
 
 
 def taken_by_part(events: Sequence[dict[str, Any]], begun: float, ended: float) -> dict[str, float]:

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import fresh
 from tiny_run import same_run
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.folder import runs
+from tunesmith.runs.folder import Run, runs
 from tunesmith.training.trainer import resume, train
 
 RUN = """
@@ -27,12 +28,15 @@ resume(made[0]) if (made := runs(root)) else train(load(recipe), root=root)
 """
 
 
-def kill_runs(folder: Path, recipe: Recipe, *, kills: int, seed: int) -> tuple[int, int]:
+def kill_runs(
+    folder: Path, recipe: Recipe, *, kills: int, seed: int, straight: Callable[[Run], Run] | None = None
+) -> tuple[int, int]:
     """(kills, runs finished): SIGKILL at random moments, over as many runs as it takes. AssertionError where one does
-    not end with the bits of a run that nothing happens to."""
+    not end with the bits of a run that nothing happens to. `straight`: makes the run that a finished one has to be;
+    None: one for all."""
     path = folder / "recipe.yaml"
     path.write_text(as_yaml(recipe, comments=False))
-    straight = train(recipe, root=folder / "straight")
+    once = train(recipe, root=folder / "straight") if straight is None else None
     words = ("-c", RUN, path, folder / "runs")
     fresh.done("-c", "pass")  # what is imported is not what is killed
     begun = time.perf_counter()
@@ -50,10 +54,11 @@ def kill_runs(folder: Path, recipe: Recipe, *, kills: int, seed: int) -> tuple[i
         killed += process.returncode != 0
         made = runs(folder / "runs")
         if made and made[0].state() == "done":
-            same_run(made[0], straight)
+            same_run(made[0], once or straight(made[0]))
             finished += 1
             shutil.rmtree(made[0].path)
     if made := runs(folder / "runs"):
-        same_run(resume(made[0]), straight)
+        done = resume(made[0])
+        same_run(done, once or straight(done))
         finished += 1
     return killed, finished

@@ -105,6 +105,16 @@ def test_a_kill_of_the_grade_alone_is_seen(tmp_path: Path, monkeypatch: pytest.M
         nothing_is_left(tmp_path, "hangs")
 
 
+def test_a_process_that_has_ended_is_not_killed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool is closed with its run, and with its drawing: by then the number of its process may be another's."""
+    children = Children(function_in(tmp_path, "def grade(sample, item):\n    return 0.25\n"))
+    killed, kill = list[int](), os.killpg
+    monkeypatch.setattr(os, "killpg", lambda pid, number: killed.append(pid) or kill(pid, number))
+    children.close()
+    children.close()
+    assert len(killed) == 1
+
+
 def test_processes_end_with_the_pool(tmp_path: Path) -> None:
     with Pool(function_in(tmp_path, ODD)) as pool:
         child = pool.children[""]._idle.queue[0]._process  # type: ignore[attr-defined]

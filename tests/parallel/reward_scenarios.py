@@ -8,7 +8,7 @@ from rewarded import rewarded
 from tiny_run import stop_at
 from tunesmith.errors import Stopped
 from tunesmith.recipe.schema import Recipe
-from tunesmith.training import draw
+from tunesmith.training import draw, trainer
 from tunesmith.training.trainer import Listener, train
 
 SECTIONS: dict[str, Any] = {
@@ -31,7 +31,17 @@ def _run(folder: Path, name: str, listener: Listener | None = None) -> Any:
 
 
 def straight(folder: Path) -> Any:
-    return _run(folder, "straight")
+    """With the number of processes of graders that this rank has in its steps."""
+    drive, found = trainer._drive, dict[str, Any]()
+
+    def noted(session: Any, **how: Any) -> None:
+        children = session.setup.drawing.pool.children.values()
+        found["graders"] = sum(child._process.poll() is None for each in children for child in each._all)
+        drive(session, **how)
+
+    with patch.object(trainer, "_drive", noted):
+        found["run"] = _run(folder, "straight")
+    return found
 
 
 def stopped(folder: Path) -> Any:

@@ -59,6 +59,10 @@ def test_two_processes_draw_grade_and_learn_as_one(found, folder, alone):  # tra
     assert len(answers_of(alone)) == 6 * 3 * 4
 
 
+def test_the_rank_that_grades_alone_has_a_grader_at_work(found):
+    assert [rank["straight"]["graders"] for rank in found] == [1, 0]
+
+
 @pytest.mark.slow
 def test_the_test_sees_answers_that_are_given_to_other_prompts(folder, alone):
     start(folder, "swapped_planted", module="parallel.reward_scenarios")

@@ -54,7 +54,7 @@ def test_it_tells_of_every_heavy_moment_and_leaves_nothing(probed):
     assert len({one.step for one in found.steps}) == len(found.steps), "the heaviest step, then usual ones"
     assert 1 + USUAL_STEPS < len(found.steps) <= 1 + MORE, "more than four where they are short"
     assert all(one.seconds > 0 and one.count > 0 for one in found.steps)
-    assert {*found.work, "training"} == set(WORK_KINDS)
+    assert {*found.work, "training", "teaching", "grading"} == set(WORK_KINDS), "of rows with answers, no teacher"
     assert found.work["starting"].seconds > found.work["finishing"].seconds > 0
     assert heard[-1] == "probe"
     assert nothing_left(root), "no run, and no folder of the probe"
@@ -182,7 +182,7 @@ def test_the_peak_is_kept_with_each_piece(tmp_path, monkeypatch):
     assert kept == [5, 7, 9]
 
 
-COUNTS = dict(zip(WORK_KINDS, (1, 100, 1000, 40, 5, 1), strict=True))
+COUNTS = dict(zip(WORK_KINDS, (1, 0, 100, 1000, 40, 0, 5, 1), strict=True))
 FORMULA = Duration(COUNTS, dict.fromkeys(COUNTS, 1.0))
 
 
@@ -210,7 +210,7 @@ def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
     assert found.values(forecast, 100.0)["memory"] == 5000
     duration = found.duration(forecast, 100.0)
     seconds = {kind: work["seconds"] for kind, work in duration.values()["work"].items()}
-    assert seconds == pytest.approx(dict(zip(WORK_KINDS, (3.0, 200.0, 10.0, 4.0, 2.5, 7.0), strict=True)))
+    assert seconds == pytest.approx(dict(zip(WORK_KINDS, (3.0, 0.0, 200.0, 10.0, 4.0, 0.0, 2.5, 7.0), strict=True)))
     assert duration.spread == STEP_SPREAD < FORMULA.spread
     assert duration.total == pytest.approx(226.5)
 
@@ -220,6 +220,15 @@ def test_of_many_short_steps_the_first_do_not_count(tmp_path, monkeypatch):
     later = [Timed(1.0, 50, step=number) for number in range(6, 14)]
     duration = Found(steps=[*first, *later]).duration(forecast_with(monkeypatch, tmp_path), 100.0)
     assert duration.prices["training"] == 2.0
+
+
+def test_steps_of_drawn_answers_take_what_they_took_of_whole_draws(tmp_path, monkeypatch):
+    """However long answers may be: a draw is in the first step of those that learn from it."""
+    first = [Timed(9.0, 50, step=1), Timed(2.0, 50, step=2)]
+    later = [Timed(seconds, 40, step=3 + i) for i, seconds in enumerate([4.0, 1.0] * 5)]
+    forecast = forecast_with(monkeypatch, tmp_path)
+    assert Found(steps=[*first, *later], draws=2).duration(forecast, 900.0).prices["training"] == 2.5
+    assert Found(steps=first, draws=2).duration(forecast, 900.0).prices["training"] == 5.5
 
 
 def test_a_probe_that_ended_before_a_step_corrects_nothing(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ ROOMS = {
         "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones",
     ),
     "graders": (
-        2_400,
+        2_410,
         "types of graders, children for their code, a judge, a trial with a verdict, what strangers' may use",
     ),
     "inference": (1_650, "a result loaded, files of rows answered and measured"),
@@ -31,15 +31,15 @@ ROOMS = {
     "optim": (450, "optimizers and schedules"),
     "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_810, "defaults with reasons; memory, time, disk"),
-    "recipe": (1_940, "every option, declared once; files of other tools translated"),
+    "planning": (1_960, "defaults with reasons; memory, time, disk; draws, graders and teachers too"),
+    "recipe": (1_945, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_840, "what is learnt"),
     "summaries": (645, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
     "trackers": (750, "four experiment trackers"),
-    "training": (5_475, "the loop, a run around it, the answers that it draws, a teacher"),
+    "training": (5_550, "the loop, a run around it, the answers that it draws and plans, a teacher"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

@@ -502,8 +502,8 @@ def test_a_plan_counts_the_answers_at_their_longest(tmp_path):
     assert found.forecast is not None, found.notes
     duration = found.forecast.duration
     assert duration is not None
-    # 6 steps of 12 answers, 6 at a time, and before and after 3 held-out prompts of 2 answers: 6 tokens each
-    assert duration.counts["answering"] == 6 * 6 * 2 + 2 * 6 * 1
+    # Before and after 3 held-out prompts of 2 answers, 6 at a time: 6 tokens each. Those of a step are in its time.
+    assert (duration.counts["answering"], duration.counts["grading"]) == (2 * 6 * 1, 2 * 3 * 2)
     assert duration.counts["training"] == 6
     prompts_I = found.rows.store.lengths[found.rows.train_rows]
     assert found.forecast.sampler.lengths_I.tolist() == np.repeat(prompts_I + 6, 4).tolist()

@@ -1,14 +1,16 @@
 """Several updates of one draw: later steps learn from answers of weights that are gone, and say so in their ratios."""
 
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
 
 from killed_runs import kill_runs
-from rewarded import rewarded
+from rewarded import COUNTED, rewarded
 from tiny_run import same_run, stopped
 from tunesmith.errors import RunError
+from tunesmith.graders.kept import KeptGrades
 from tunesmith.tasks.policy_losses import VALUE_COLUMNS
 from tunesmith.training.draw import Drawing
 from tunesmith.training.groups import DrawnStep
@@ -105,9 +107,30 @@ def test_the_comparison_catches_a_draw_that_is_not_kept_whole(straight, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path):  # trap: G22
-    recipe = rewarded(tmp_path, **TWO, evaluation={"every": 3}, checkpoint={"every": 1})
+@pytest.mark.parametrize("updates", [1, 2])
+def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, updates):  # trap: G22
+    recipe = rewarded(tmp_path, reinforce={"updates": updates}, evaluation={"every": 3}, checkpoint={"every": 1})
     assert kill_runs(tmp_path, recipe, kills=40, seed=1)[1] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("updates", [1, 2])
+def test_killed_beside_a_judge_of_many_minds_it_learns_what_was_said_once(tmp_path, monkeypatch, updates):  # trap: G22
+    """The bits of a run that nothing happens to, and that is given the same grades."""
+    settings: dict = {"reinforce": {"updates": updates}, "evaluation": {"every": 3}, "checkpoint": {"every": 1}}
+    recipe = rewarded(tmp_path, grader=COUNTED, **settings)
+    keep_in, numbers = KeptGrades.keep_in, count()
+
+    def with_grades_of(killed):
+        said = (killed.path / "grades.jsonl").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(KeptGrades, "keep_in", lambda kept, path: path.write_bytes(said) and keep_in(kept, path))
+            again = train(recipe, root=tmp_path / f"again-{next(numbers)}")
+        assert (again.path / "grades.jsonl").read_bytes() == said, "it asked for no grade"
+        return again
+
+    assert kill_runs(tmp_path, recipe, kills=40, seed=1, straight=with_grades_of)[1] >= 1
 
 
 def test_a_last_draw_is_of_the_steps_that_are_left(tmp_path):
@@ -122,11 +145,15 @@ def test_a_last_draw_is_of_the_steps_that_are_left(tmp_path):
 def test_a_plan_counts_draws_and_a_probe_makes_them(tmp_path):
     recipe = rewarded(tmp_path, reinforce={"updates": 2, "streams": 12})
     forecast = resolve_run(recipe, root=tmp_path / "runs").forecast
-    # 3 draws of 24 answers, 12 at a time, and before and after 3 held-out prompts of 2 answers: 6 tokens each
-    assert forecast.duration.counts["answering"] == 6 * 3 * 2 + 2 * 6
+    # Before and after 3 held-out prompts of 2 answers, 12 at a time: 6 tokens each.
+    assert forecast.duration.counts["answering"] == 2 * 6
     setup = prepare(recipe, root=tmp_path / "runs")
     setup = replace(setup, forecast=None)
     found = Found()
     list(measure(setup, tmp_path, found))
     setup.drawing.close()
+    assert found.draws == 2
+    draws = len(found.steps) // 2
+    # Each of 24 answers, 12 at a time.
+    assert (found.work["answering"].count, found.work["grading"].count) == (draws * 6 * 2, draws * 24)
     assert len(found.steps) % 2 == 0

@@ -275,13 +275,20 @@ def _why_not(resolved: Any, *, fits: bool) -> str:
 
     if not fits:
         return "it does not fit"
-    if resolved.rows.is_prompts:
-        return "how long answers are is known only once they are drawn: --set train.max_steps=2 tries two steps"
+    if resolved.rows.is_prompts and _has_judge(resolved.recipe):
+        return "its grader calls a judge at an address, which a plan does not: --set train.max_steps=2 tries two steps"
     located = resolved.inputs.located
     if located.has_weights:
         return ""
     num_bytes = sum(path.stat().st_size for path in weight_files(located.path, located.name))
     return f"its weights ({size(num_bytes)}) are not downloaded yet; train does that"
+
+
+def _has_judge(recipe: Recipe) -> bool:
+    from tunesmith.graders import schema
+
+    parts = schema.parts_of(schema.load(recipe.grader_at))
+    return any(isinstance(part, schema.ScoreModel) for part in parts.values())
 
 
 def _probe(resolved: Any, values: Record, root: Path, *, offline: bool, tick: Any) -> JsonObject:

@@ -127,7 +127,9 @@ class _Child:
         return f"; it printed last: {lines[-1]}" if lines else ""
 
     def end(self) -> None:
-        """End the process with all that it started."""
+        """End the process with all that it started; once, since its number may be another's later."""
+        if self._log.closed:
+            return
         with suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()

@@ -97,9 +97,11 @@ class Pool:
         self.close()
 
     def close(self) -> None:
+        """End its processes and let go of its reward runs: it grades nothing more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for child in self.children.values():
             child.close()
+        self._scorers.clear()
 
     def submit(self, answer: Answer, item: Record) -> Future[Grade]:
         """The grade of an answer to the prompt of a row, `item`, once it is made. Equal answers share one."""

@@ -28,16 +28,16 @@ from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.short_row_attention import LONGEST
 from tunesmith.parallel.exchange import BUCKET
+from tunesmith.planning import drawn
 from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
-from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.recipe.schema import CheckpointOptions, EvaluationOptions, Recipe, resolved
 from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.tasks.task import Task
 from tunesmith.types import HeadName, JsonObject, Layout, ModelKind
 
-Kind = Literal["starting", "training", "measuring", "answering", "saving", "finishing"]
+Kind = Literal["starting", "teaching", "training", "measuring", "answering", "grading", "saving", "finishing"]
 """Kinds of work in a run; docs/guide/planning.md has a table of what is counted for each."""
 WORK_KINDS: tuple[Kind, ...] = get_args(Kind)
 SPREAD = 0.5
@@ -152,6 +152,8 @@ class Forecaster:
     """Bytes of the weights of other models, which stay on the device."""
     general_tokens: int = 0
     """Tokens of the general text; 0 if it is not measured."""
+    grade: float = 0.0
+    """Seconds that a grade takes of a run, see `drawn.grade_seconds`."""
     _sizes: dict[str, tuple[Sizes, nn.Module]] = field(default_factory=dict)
     _steps: dict[tuple[str, int], tuple[StepSampler, Heavy, Load]] = field(default_factory=dict)
 
@@ -172,25 +174,19 @@ class Forecaster:
             checkpoints=kept_checkpoints(recipe.checkpoint, steps, keeps_best=keeps_best) * sizes.checkpoint,
             result=4 * sizes.trained_parameters if is_adapter else sizes.weights,
         )
-        load, micro_batches = self._mean(sampler)
+        load, micro_batches = self._mean(sampler, recipe)
         # A gradient goes out and back once, split layers come twice a micro-batch, their gradients go once.
         share = (size - 1) / size / link(self.device)
         summing = 2 * sizes.gradients * share
         gathering = micro_batches * (2 + (sizes.elsewhere > 0)) * sizes.gathered * share
-        duration, busy = None, None
+        duration, busy, draws = None, None, drawn.draws_of(recipe)
         if self.device.products:
             step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
-            prompts = answered_at_once(recipe.evaluation, self.rows, sampler, recomputed)
-            if TASKS[resolved(recipe.task)].samples:
-                prompts = resolved(recipe.reinforce.streams)
-            price = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
-            price["answering"] += sizes.gathered * share  # of layers that are split, for every token
-            looking = load.tokens * price["measuring"] if has_prepass(recipe) and micro_batches > 1 else 0.0
-            price["training"] = max(step, gathering) + looking + summing  # gathered while others compute
-            busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / price["training"]
-            settings = {"steps": steps, "general_tokens": self.general_tokens}
-            counted = counts(recipe, self.rows, self.head, **settings, prompts=prompts, layout=sampler.layout)
-            duration = Duration(counted, price, busy=self.device.busy)
+            step = max(step, gathering) + summing  # gathered while others compute
+            known: dict[str, Any] = {"micro_batches": micro_batches, "steps": steps, "recomputed": recomputed}
+            known |= {"result_bytes": disk.result, "joined": sizes.gathered * share}
+            duration = self._duration(recipe, sampler, sizes, load, draws, step=step, **known)
+            busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / duration.prices["training"]
         return Forecast(
             memory=peak(
                 sizes,
@@ -200,9 +196,7 @@ class Forecaster:
                 device=self.device,
                 base=base,
                 others=self.others,
-                answered=self._drawn_tokens(recipe.reinforce)
-                if TASKS[resolved(recipe.task)].samples
-                else self._kept_tokens(recipe.evaluation, sampler.tokens_per_pass, recomputed),
+                answered=max(self._drawn_tokens(draws), self._kept_tokens(recipe, sampler.tokens_per_pass, recomputed)),
             ),
             duration=duration,
             disk=disk,
@@ -215,16 +209,53 @@ class Forecaster:
             exchange_seconds=summing + gathering,
         )
 
-    def _drawn_tokens(self, options: Reinforce) -> int:
+    def _duration(
+        self,
+        recipe: Recipe,
+        sampler: StepSampler,
+        sizes: Sizes,
+        load: Load,
+        draws: drawn.Draws | None,
+        *,
+        step: float,
+        steps: int,
+        micro_batches: float,
+        recomputed: int,
+        result_bytes: int,
+        joined: float,
+    ) -> Duration:
+        """The whole run of `steps` steps, in `step` seconds each for what is learnt. `joined`: seconds for every
+        token that is written, of layers that are split."""
+        prompts = answered_at_once(recipe.evaluation, self.rows, sampler, recomputed)
+        prompts = draws.streams if draws and self.rows.is_prompts else prompts
+        price = prices(sizes, load, self.device, result_bytes=result_bytes, prompts=prompts)
+        price["answering"] += joined
+        others = drawn.Prices.of(
+            sizes,
+            self.device,
+            word=word_seconds(sizes, self.device, draws.streams if draws else 1),
+            read=price["measuring"],
+            others=self.others,
+            grade=self.grade,
+        )
+        looking = load.tokens * price["measuring"] if has_prepass(recipe) and micro_batches > 1 else 0.0
+        price["training"] = step + looking + drawn.step_seconds(recipe, draws, load, others)
+        price |= {"teaching": others.listed, "grading": others.grade}
+        settings: dict[str, Any] = {"steps": steps, "general_tokens": self.general_tokens, "prompts": prompts}
+        counted = counts(recipe, self.rows, self.head, **settings, layout=sampler.layout, of_step=load.tokens)
+        return Duration(counted, price, busy=self.device.busy)
+
+    def _drawn_tokens(self, draws: drawn.Draws | None) -> int:
         """Most tokens whose keys and values are kept for answers that are drawn:
         pools are copied as they grow."""
-        return 2 * resolved(options.streams) * int(self.rows.store.lengths.max())
+        return 2 * draws.streams * int(self.rows.store.lengths[self.rows.train_rows].max()) if draws else 0
 
-    def _kept_tokens(self, evaluation: EvaluationOptions, tokens_per_pass: int, recomputed: int) -> int:
-        """Most tokens whose keys and values are kept for answers: of a pass, and of prompts with answers."""
-        rows_I, store = self.rows.held_rows, self.rows.held_store
+    def _kept_tokens(self, recipe: Recipe, tokens_per_pass: int, recomputed: int) -> int:
+        """Most tokens whose keys and values are kept for answers to held-out prompts: of a pass, and of prompts
+        with answers."""
+        rows_I, store, evaluation = self.rows.held_rows, self.rows.held_store, recipe.evaluation
         prompts = min(resolved(evaluation.samples), len(rows_I)) if self.head == "next_token" else 0
-        if prompts == 0:
+        if prompts == 0 or self.rows.is_prompts:
             return 0
         lengths_I = store.lengths[rows_I]
         new_tokens = new_tokens_for(store.targets[rows_I], evaluation.sample_tokens)
@@ -271,7 +302,7 @@ class Forecaster:
                 loads.append(Load(tokens, targets))
         return max(loads, key=lambda load: load.targets)
 
-    def _mean(self, sampler: StepSampler) -> tuple[Load, float]:
+    def _mean(self, sampler: StepSampler, recipe: Recipe) -> tuple[Load, float]:
         """The load of a device in a mean step, and its number of micro-batches."""
         weights_I = sampler.weights_I / sampler.steps_per_epoch / sampler.part[1]
         lengths_I = sampler.lengths_I.astype(np.float64)
@@ -280,6 +311,8 @@ class Forecaster:
             targets=round(float(targets_of(self.rows.store)[sampler.rows_I] @ weights_I)),
             squares=round(float(lengths_I**2 @ weights_I)),
         )
+        if self.rows.is_prompts and recipe.kernels == "fast":
+            load = drawn.shared(load, recipe.reinforce.samples)
         return load, max(1.0, load.tokens / sampler.tokens_per_pass)
 
 
@@ -352,9 +385,10 @@ def counts(
     general_tokens: int,
     prompts: int = 1,
     layout: Layout = "packed",
+    of_step: int = 0,
 ) -> dict[Kind, float]:
     """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured.
-    `prompts`: those that are answered together."""
+    `prompts`: those that are answered together; `of_step`: tokens of a device in a mean step."""
     every = recipe.evaluation.every
     assert not isinstance(every, str), "it is decided with the steps"
     evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
@@ -365,36 +399,31 @@ def counts(
     if task.sees_rows:  # of what training has seen a head's answers are found again, for those that are listed
         most = min(most, MOST_HIGH_LOSS) if task.learns_classes else 0
     looked_at = min(1.0, most / len(trained))
-    read, written, drawn_before = 0.0, 0.0, 0.0
-    if head == "next_token":
+    read, written, taught, guard = 0.0, 0.0, 0, 0
+    graded = len(held) * recipe.reinforce.held_out_samples * evaluations if task.samples else 0
+    if (draws := drawn.draws_of(recipe)) and task.samples:
+        written = draws.words(-(-graded // evaluations // devices)) * devices * evaluations
+        guard = of_step  # the answers of step 1, measured as they are learnt
+    elif head == "next_token":
         read, written = _answers(recipe.evaluation, rows, together=prompts, on_the_way=evaluations - 2)
-    if task.samples:  # prompts are read once, and are few of the tokens
-        of_step = resolved(recipe.train.rows_per_step)
-        read, written = 0.0, _drawn(recipe.reinforce, of_step, len(held), steps)
-        # Answers of later steps are measured when they are drawn.
-        later = steps - -(-steps // recipe.reinforce.updates)
-        drawn_before = float(trained.mean()) * of_step * recipe.reinforce.samples * later
+    if recipe.distil.teacher is not None:
+        taught = int(held.sum()) + (0 if draws else int(trained.sum()))
+    reads_prompts = layout != "packed" or recipe.distil.teacher is not None  # else they begin rows that are measured
     return {
         "starting": 1,
+        "teaching": taught,
         "training": steps,
         "measuring": measured_tokens(rows, recipe.embed.documents) * evaluations / devices
         + int(held.sum()) * task.compares
         + int(trained.sum()) * (looked_at / devices + task.compares)
         + 2 * general_tokens
-        + (read / devices if layout != "packed" else 0)
-        + drawn_before,
+        + (read / devices if reads_prompts else 0)
+        + guard,
         "answering": written / devices,
+        "grading": graded,
         "saving": saves(resolved(recipe.checkpoint.every), steps),
         "finishing": 1,
     }
-
-
-def _drawn(options: Reinforce, prompts: int, held: int, steps: int) -> float:
-    """Tokens that are written one after the other: in each step of `prompts`, and before and after for held-out
-    ones."""
-    streams, draws = resolved(options.streams), -(-steps // options.updates)
-    of_draw = -(-prompts * options.updates * options.samples // streams)
-    return options.max_new_tokens * (draws * of_draw + 2.0 * -(-held * options.held_out_samples // streams))
 
 
 def _answers(evaluation: EvaluationOptions, rows: Splits, *, together: int, on_the_way: int) -> tuple[float, float]:
@@ -435,13 +464,19 @@ def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: 
     return both + update / device.bandwidth
 
 
+def word_seconds(sizes: Sizes, device: Device, answers: int) -> float:
+    """Seconds of the next token of answers that are written together."""
+    word = pass_seconds(sizes, Load(answers, answers), device, trains=False)
+    return sizes.weights / device.bandwidth + DECODE_LAUNCH * sizes.layers + word
+
+
 def prices(sizes: Sizes, load: Load, device: Device, *, result_bytes: int, prompts: int = 1) -> dict[Kind, float]:
-    """Seconds of each kind of work but training, once. `load`: of a mean step; `prompts`: answered together."""
-    word = pass_seconds(sizes, Load(prompts, prompts), device, trains=False)
+    """Seconds of each kind of work that every task has, but training, once. `load`: of a mean step; `prompts`:
+    answered together."""
     return {
         "starting": STARTING_S + sizes.weights / (LOADED_TO_CARD if device.kind == "cuda" else LOADED),
         "measuring": pass_seconds(sizes, load, device, trains=False) / max(1, load.tokens),
-        "answering": sizes.weights / device.bandwidth + DECODE_LAUNCH * sizes.layers + word,
+        "answering": word_seconds(sizes, device, prompts),
         "saving": sizes.checkpoint / device.written,
         "finishing": FINISHING_S + 2 * result_bytes / device.written,
     }

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from tunesmith.recipe.methods import OptionGroup, Positive
 
+STREAMS = 64
+"""Most answers that are drawn together, on policy. Another number changes rounding."""
+
 
 class Distil(OptionGroup):
     """Task distil: the answers of rows, or the model's own, are learnt as a teacher would go on at each

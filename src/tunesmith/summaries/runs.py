@@ -99,13 +99,13 @@ def phase(run: Run, newest: float) -> str:
 
 def time_left(series: RunSeries) -> str:
     """The time that a run under way still takes, as far as it is known: "about 27 s of training,
-    then about 75 s of measuring". The second half of what was foreseen for measuring and
-    answering comes after the last step."""
+    then about 75 s of measuring". The second half of what was foreseen for measuring,
+    answering and grading comes after the last step."""
     training, seconds = series.seconds_left, (series.plan.get("forecast") or {}).get("seconds") or {}
     if training is None:
         return ""
     work = {kind: entry["seconds"] for kind, entry in seconds.get("work", {}).items()}
-    rest = work.get("measuring", 0) / 2 + work.get("answering", 0) / 2 + work.get("finishing", 0)
+    rest = sum(work.get(kind, 0) for kind in ("measuring", "answering", "grading")) / 2 + work.get("finishing", 0)
     parts = [f"{about(training)} of training"] if series.step < series.total_steps else []
     parts += [f"{about(rest)} of measuring"] if rest >= 1 else []
     return ", then ".join(parts)

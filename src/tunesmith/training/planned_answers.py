@@ -1,22 +1,25 @@
 """Rows that are to be drawn, as a forecast counts them: each answer as long as it may be, with its prompt."""
 
+# I rows
+
 from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
+from tunesmith.data.dataset import RowStore
+from tunesmith.data.encode import SCHEMA
 from tunesmith.data.splits import Splits
-from tunesmith.recipe.reinforcement import Reinforce
+from tunesmith.recipe.schema import Recipe
+from tunesmith.types import Aside
 
 OF_ANSWERS = (
-    "memory and time are foreseen for answers of {:,} tokens each (reinforce.max_new_tokens) that share nothing: "
-    "shorter ones, and prompts that are computed once, take less; the time of the grader is not in it"
-)
-ON_POLICY = (
-    "memory and time are foreseen for the rows as they are and for the teacher's weights: what drawing answers and "
-    "having them read takes (distil.on_policy) is not in it"
+    "memory and time are foreseen for answers of {:,} tokens each ({}.max_new_tokens): shorter ones take less; a probe "
+    "takes them as long as they are at first"
 )
 STREAMS = {"cpu": 128}
 STREAMS_ON_CARD = 256
@@ -27,10 +30,35 @@ def streams_of(answers: int, device: str) -> int:
     return min(answers, STREAMS.get(device.partition(":")[0], STREAMS_ON_CARD))
 
 
-def as_answers(rows: Splits, options: Reinforce) -> Splits:
-    """The training rows of a forecast: `reinforce.samples` rows for each prompt, one behind the other, in a
-    store that has lengths and targets and no tokens."""
-    num, new = options.samples, options.max_new_tokens
+def as_answers(rows: Splits, recipe: Recipe) -> tuple[Splits, list[str]]:
+    """The training rows of a forecast, and a note where they are those that will be drawn: of task reinforce
+    `reinforce.samples` rows for each prompt, one behind the other; on policy one for each row. Their store has
+    lengths and targets and no tokens."""
+    if rows.is_prompts:
+        options = recipe.reinforce
+        return _drawn(rows, options.samples, options.max_new_tokens), [_note("reinforce", options.max_new_tokens)]
+    if recipe.distil.on_policy:
+        new = recipe.distil.max_new_tokens
+        store = copy(rows.store)
+        store.lengths = (prompt_lengths(rows.store) + new).astype(np.int32)
+        store.targets = np.full(len(store.lengths), new, np.int32)
+        store.denominators = store.targets.astype(np.float64)
+        return replace(rows, store=store), [_note("distil", new)]
+    return rows, []
+
+
+def prompt_lengths(store: RowStore) -> NDArray[np.int64]:
+    """[I], tokens of each row before its last answer, see `taught_answers.prompt_of`."""
+    trained = pa.Table.from_batches(store.batches(), SCHEMA)["trained"].combine_chunks()
+    flags, starts_I = trained.values.to_numpy(zero_copy_only=False), trained.offsets.to_numpy()[:-1]
+    places = np.arange(len(flags))
+    last_I = np.maximum.reduceat(np.where(flags, places, -1), starts_I)
+    untrained = np.maximum.accumulate(np.where(flags, -1, places))
+    lengths_I: NDArray[np.int64] = np.maximum(1, untrained[last_I] + 1 - starts_I)
+    return lengths_I
+
+
+def _drawn(rows: Splits, num: int, new: int) -> Splits:
     store = copy(rows.store)
     lengths_I = rows.store.lengths[rows.train_rows]
     store.lengths = np.repeat(lengths_I + new, num).astype(np.int32)
@@ -38,5 +66,8 @@ def as_answers(rows: Splits, options: Reinforce) -> Splits:
     store.denominators = store.targets.astype(np.float64)
     for column in ("file_index", "hashes"):
         setattr(store, column, np.repeat(getattr(rows.store, column)[rows.train_rows], num))
-    held = rows.store if rows.held_store is rows.store else rows.held_store
-    return replace(rows, store=store, held_store=held, train_rows=np.arange(len(store.lengths)))
+    return replace(rows, store=store, train_rows=np.arange(len(store.lengths)))
+
+
+def _note(section: str, new: int) -> Aside:
+    return Aside(OF_ANSWERS.format(new, section))

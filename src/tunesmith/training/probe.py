@@ -32,6 +32,7 @@ from tunesmith.evaluation.report import smoke_test
 from tunesmith.generation.writer import written_together
 from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.planning.devices import CUDA_CONTEXT
+from tunesmith.planning.drawn import draws_of
 from tunesmith.planning.forecast import Duration, Forecast, Kind, heaviest, targets_of
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
@@ -58,6 +59,8 @@ STEPS_LOOKED_AT = 64
 """Steps that are searched for steps of usual size."""
 LOOKS, LOOKS_S = 6, 4.0
 """Micro-batches of held-out rows besides the heaviest one, and seconds after which none is added."""
+TAUGHT, TAUGHT_AT_ONCE = 24, 8
+"""Rows that a teacher reads, and how many between two looks at the clock."""
 FEW_WORDS, MORE_WORDS = 2, 10
 KILLED = "the system killed it, as it does where memory ends"
 MEASURED_FILE = "measured"
@@ -86,6 +89,8 @@ class Found:
     peak: int = 0
     """Most bytes held until now."""
     notes: list[str] = field(default_factory=list)
+    draws: int = 0
+    """Steps that learn from one draw of answers; 0: rows have answers."""
     ended: str = ""
     """Why it came no further; empty: it came to its end."""
 
@@ -96,12 +101,19 @@ class Found:
         """
         if not self.steps or forecast is None or forecast.duration is None:
             return None
-        counted = self.steps[1:][-SETTLED_STEPS:] or self.steps
-        step = mean_tokens * sum(timed.seconds for timed in counted) / sum(timed.count for timed in counted)
+        counted = self._usual()
+        step = sum(timed.seconds for timed in counted) / len(counted)
+        if not self.draws:
+            step *= mean_tokens * len(counted) / sum(timed.count for timed in counted)
         prices: dict[Kind, float] = {kind: timed.seconds / timed.count for kind, timed in self.work.items()}
         spread = forecast.duration.spread if self.ended else STEP_SPREAD
         all_prices = {**forecast.duration.prices, **prices, "training": step}
         return replace(forecast.duration, prices=all_prices, spread=spread)
+
+    def _usual(self) -> list[Timed]:
+        """Steps of usual size that count; of those that learn from one draw all."""
+        of_draw = max(1, self.draws)
+        return self.steps[of_draw:][-(SETTLED_STEPS // of_draw * of_draw) :] or self.steps
 
     def values(self, forecast: Forecast | None, mean_tokens: float) -> JsonObject:
         """As JSON. `memory`: the peak, 0 where it ended before a step."""
@@ -191,6 +203,9 @@ def measure(setup: Setup, folder: Path, result: Found) -> Iterator[None]:
 
     Raises what a run would: OutOfMemoryError, NonFiniteError, StorageError.
     """
+    if (taught := _teach(setup)) is not None:
+        result.work["teaching"] = taught
+        yield
     stand_in(setup.teacher, setup.rows, int(setup.rows.store.lengths.max()))
     yield from _take_steps(setup, result)
     if (rows := _measure_rows(setup)) is not None:
@@ -225,7 +240,9 @@ def _take_steps(setup: Setup, result: Found) -> Iterator[None]:
     mean = float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch
     others = [step for step in range(1, min(steps, STEPS_LOOKED_AT) + 1) if step != heavy.step]
     usual = sorted(others, key=lambda step: abs(sum(setup.rows.store.lengths[sampler.rows(step)]) - mean))[:MORE]
-    spent, of_draw = 0.0, setup.recipe.reinforce.updates if setup.drawing is not None else 1
+    draws = draws_of(setup.recipe)
+    spent, of_draw = 0.0, draws.steps if draws else 1
+    result.draws = of_draw if draws else 0
     for number, wanted in enumerate([heavy.step, *usual]):
         before = wanted - 1 - (wanted - 1) % of_draw  # steps that share a draw are made together
         for event in islice(training_steps(setup, start=before), of_draw):
@@ -233,10 +250,38 @@ def _take_steps(setup: Setup, result: Found) -> Iterator[None]:
                 result.notes.append(f"memory ended in step {event.step}: its passes had to be of {halved:,} tokens")
             seconds = event.timing["seconds"]
             result.steps.append(Timed(seconds, event.values["tokens"], step=event.step))
+            if setup.drawing is not None and draws and "draw" in event.timing:
+                _add(result, "answering", Timed(event.timing["draw"], draws.words()))
+                _add(result, "grading", Timed(event.timing["grade"], draws.answers))
             yield
             spent += seconds if number else seconds / 2  # a heavy step of a minute is the only one
         if spent > USUAL_S or (number >= USUAL_STEPS and spent > MORE_S):
             return
+
+
+def _add(result: Found, kind: Kind, timed: Timed) -> None:
+    before = result.work.get(kind, Timed(0.0, 0))
+    result.work[kind] = Timed(before.seconds + timed.seconds, before.count + timed.count)
+
+
+def _teach(setup: Setup) -> Timed | None:
+    """Tokens of some rows that a teacher reads before the first step; None: there is none."""
+    teacher, rows = setup.teacher, setup.rows
+    if teacher is None:
+        return None
+    store, rows_I = rows.sides[1 if teacher.options.on_policy else 0]
+    some = [store.row(int(row)) for row in rows_I[:: max(1, len(rows_I) // TAUGHT)][:TAUGHT]]
+    seconds, tokens = 0.0, 0
+    for start in range(0, len(some), TAUGHT_AT_ONCE):
+        began, part = time.perf_counter(), some[start : start + TAUGHT_AT_ONCE]
+        for _ in teacher.lists(part):
+            pass
+        if start or len(some) <= TAUGHT_AT_ONCE:  # the very first are slower
+            seconds += time.perf_counter() - began
+            tokens += sum(len(row.ids) for row in part)
+        if seconds > LOOKS_S:
+            break
+    return Timed(seconds, tokens) if tokens else None
 
 
 def _measure_rows(setup: Setup) -> Timed | None:

@@ -39,6 +39,7 @@ from tunesmith.planning.defaults import (
     total_steps,
 )
 from tunesmith.planning.devices import Device
+from tunesmith.planning.drawn import grade_seconds
 from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster, measured_tokens
 from tunesmith.planning.memory import TORCH_DTYPES
@@ -49,9 +50,9 @@ from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.tasks.distil import DISTIL
 from tunesmith.training.image_parts import decide_seeing
 from tunesmith.training.inputs import Inputs, find_inputs
-from tunesmith.training.planned_answers import OF_ANSWERS, ON_POLICY, as_answers, streams_of
+from tunesmith.training.planned_answers import as_answers, streams_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
-from tunesmith.types import Aside, Choice, HeadName, JsonObject, Layout, OnProgress
+from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 
 LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
@@ -218,6 +219,8 @@ def _steps_of(
     sampler = replace(sampler_of(recipe, rows, layout, kind), part=(0, size))
     if rows.is_prompts:
         return replace(sampler, rows_per_step=sampler.rows_per_step * recipe.reinforce.samples)
+    if recipe.distil.on_policy:  # whose answers share nothing
+        return sampler
     choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
     return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
 
@@ -237,10 +240,8 @@ def _forecast(
     anything, nothing is decided, but `notes` may have got some. `folder`: see `_saving`. `free_tokens`: whether
     memory may decide train.tokens_per_pass; `other_models`: bytes of their weights."""
     recipe = decisions.folded()
-    if rows.is_prompts:
-        rows = as_answers(rows, recipe.reinforce)
-        notes.append(Aside(OF_ANSWERS.format(recipe.reinforce.max_new_tokens)))
-    notes += [Aside(ON_POLICY)] if recipe.distil.on_policy else []
+    rows, answer_notes = as_answers(rows, recipe)
+    notes += answer_notes
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
     can_split = recipe.shard == "auto" and not rows.is_prompts and not why_whole(recipe, inputs.located, inputs.kind)
@@ -258,6 +259,7 @@ def _forecast(
         base=resident_bytes(),
         others=other_models,
         general_tokens=sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if speaks else 0,
+        grade=grade_seconds(graders.load(recipe.grader_at)) if rows.is_prompts else 0.0,
     )
     whole, predict, longest = recipe, forecaster.forecast, int(rows.store.lengths[rows.train_rows].max())
     recipe, fitted, forecast = fit(whole, predict, longest=longest, free_tokens=free_tokens)

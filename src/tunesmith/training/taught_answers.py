@@ -25,6 +25,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.errors import RecipeError
 from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing, refuse_undrawable
 from tunesmith.models.fused_loss import OutputLayer
+from tunesmith.recipe.distillation import STREAMS
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks.distil import DISTIL
 from tunesmith.tasks.distil_losses import reverse_loss_sum
@@ -33,9 +34,6 @@ from tunesmith.training.resolve import ResolvedRun
 from tunesmith.training.state import Drawn, TrainState
 from tunesmith.training.teacher import Teacher, load_teacher
 from tunesmith.types import Row, required
-
-STREAMS = 64
-"""Most answers decoded together. Another number changes rounding."""
 
 
 @dataclass

@@ -156,6 +156,8 @@ def _follow(setup: Setup, listener: Listener) -> Run:
     start = receive_start(setup)
     run = FollowedRun(start.run.path)
     own_run(run, setup.world.rank)
+    if setup.drawing is not None:
+        setup.drawing.close()  # the first rank grades for all; here the grader was loaded for its hash
     listener.on_run(run)
     _fit_memory(setup, start.progress)
     session = Session(setup, run, start.progress, Listener(should_stop=listener.should_stop))
