@@ -13,7 +13,7 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 ROOMS = {
     "api, types, errors, …": (1_715, "the Python interface, the types that travel, images too, errors, ways out"),
     "cli": (4_750, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_410, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "data": (10_430, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
@@ -29,12 +29,15 @@ ROOMS = {
     "methods": (2_950, "full, LoRA and its relatives, on experts too, QLoRA, peft"),
     "models": (6_180, "finding, loading, attention, heads, experts, losses in pieces, divergences, what sees"),
     "optim": (450, "optimizers and schedules"),
-    "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
+    "pages": (1_705, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
     "planning": (1_810, "defaults with reasons; memory, time, disk"),
     "recipe": (1_940, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
-    "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
+    "serve": (
+        3_215,
+        "the engine's process and OpenAI's routes, images in requests; sessions, keys, commands and a spare, for pages",
+    ),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_835, "what is learnt"),
     "summaries": (610, "what commands and pages say in the same words; nearly all of it was in cli and pages"),
