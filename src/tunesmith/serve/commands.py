@@ -29,7 +29,7 @@ MOST_KEPT, MOST_BYTES = 64, 2**26
 """Answers that are kept, and bytes of what was printed for them."""
 AT_ONCE = 2
 """Children that work at the same time; others wait."""
-AT_ONCE_S = 0.3
+AT_ONCE_S = 0.4
 """Seconds that the first page waits for an answer before it shows that one is coming; later ones only look."""
 SPARE = "tunesmith.serve.spare"
 SPARE_S = 120.0

@@ -22,11 +22,21 @@ def wait(imports: Iterable[str]) -> None:
         if select.select([sys.stdin], [], [], 0)[0]:
             break  # it imports what it needs
         import_module(name)
-    if line := sys.stdin.buffer.readline():
-        command = from_json(line)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.argv = [command["module"], *command["words"]]
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return
+    command, code = from_json(line), 0
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = [command["module"], *command["words"]]
+    try:
         runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        code = end.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking all modules down takes longer than an answer
 
 
 if __name__ == "__main__":
