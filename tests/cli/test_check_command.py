@@ -1,5 +1,6 @@
 """What `tunesmith check` prints: a cause that rows share once, a row of each form, and the verdict of training."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,21 @@ def test_rows_are_shown_as_they_are_read(tmp_path: Path) -> None:
     assert not any("⟦a0⟧" in line for line in lines)
     assert lines[-1].startswith("unknown_shape: ") or "completion" in lines[-1]
     assert "--rows: two: is no line" in "".join(checked(str(path), "--rows", "two", code=2))
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzip", "utf-16"])
+def test_lines_far_down_are_those_of_the_file(kind: str, tmp_path: Path) -> None:
+    lines = [f'{{"prompt": "q{i} {"x" * (i % 7)}", "completion": "a{i}"}}' for i in range(2_000)]
+    lines[700], lines[701], lines[999] = "", '{"prompt": "é\U0001f600', '{"prompt": "' + "y" * 20_000 + '"'
+    raw = "\r\n".join(lines).encode("utf-16" if kind == "utf-16" else "utf-8")  # the last line has no end
+    path = tmp_path / ("rows.jsonl.gz" if kind == "gzip" else "rows.jsonl")
+    path.write_bytes(gzip.compress(raw) if kind == "gzip" else raw)
+    for first, last in ((1, 3), (2, 2), (700, 703), (1_000, 1_001), (1_999, 2_000), (2_001, 2_020)):
+        [printed] = checked(str(path), "--rows", f"{first}-{last}", "--json")
+        shown = {row["line"]: row for row in json.loads(printed)["rows"]}
+        wanted = {number for number in range(first, min(last, 2_000) + 1) if number != 701}
+        assert set(shown) == wanted
+        for number in wanted - {702, 1_000}:
+            assert [f"a{number - 1}", True] in shown[number]["spans"]
+        for number in wanted & {702, 1_000}:
+            assert shown[number]["problems"], number

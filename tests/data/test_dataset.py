@@ -1,6 +1,7 @@
 """Encoded rows on disk: what goes in comes out, once, complete or not at all."""
 
 import gc
+import itertools
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from tunesmith.data.examples import examples
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile, Limits
+from tunesmith.summaries.rows import rows_as_read
 from tunesmith.tasks import TASKS
 from tunesmith.types import Pooling, Problem, Row
 
@@ -84,6 +86,21 @@ def test_rows_are_those_of_the_renderer(tmp_path: Path, files: list[DataFile], m
     assert str(store.source(8)) == f"{files[1].path}:2"
     assert (store.skipped, heard) == (0, [])
     assert len(set(store.hashes.tolist())) == 12
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "mistral", "qwen3"])
+def test_marks_of_rows_that_are_shown_are_what_is_trained(tmp_path: Path, family: str) -> None:
+    lines = (line(f"question {i} 山", f"answer {i} é 😀 " * (1 + i % 3)) for i in range(40))
+    file, renderer = write(tmp_path / "a.jsonl", *lines), make_renderer(template=template(family))
+    store, _ = make(tmp_path / "rows", file, renderer=renderer)
+    shown = rows_as_read(Data(train=(file,)), "chat", renderer, 1, 40)
+    assert len(store) == len(shown) == 40
+    for index, row in enumerate(shown):
+        trained = store.row(index).trained
+        runs = [learnt for learnt, _ in itertools.groupby(trained.tolist())]
+        assert ([learnt for _, learnt in row["spans"]], row["trained"]) == (runs, int(trained.sum()))
+        assert (row["line"], row["tokens"]) == (store.lines[index], store.lengths[index])
+        assert "".join(text for text, _ in row["spans"]) == renderer.tokenizer.decode(store.row(index).ids.tolist())
 
 
 def test_rows_are_encoded_once(tmp_path: Path, files: list[DataFile], monkeypatch: pytest.MonkeyPatch) -> None:

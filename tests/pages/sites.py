@@ -40,6 +40,10 @@ PORT = 8000
 ODD = "<img src=x onerror=alert(5)>&'\" odd"
 """The name of a folder that somebody else made."""
 HTML = {"Accept": "text/html,application/xhtml+xml"}
+AXE = """() => axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']})
+    .then(result => result.violations.map(
+        rule => rule.id + ': ' + rule.nodes.map(node => node.html.slice(0, 140)).join(' | ')))"""
+"""The faults that axe-core finds on a page into which it was put."""
 OWN = {"Origin": f"http://127.0.0.1:{PORT}", "Content-Type": "application/json"}
 
 
@@ -167,6 +171,20 @@ def put_done(root: Path, name: str, kind: str, lr: float, moved: range = range(0
     (run.path / "adapter").mkdir()
     run.append(Event("end", 120, 0.0, {"report": {}}))
     return run
+
+
+def plan_values(*, needed: int = 0, room: int = 0, **more: Any) -> dict[str, Any]:
+    """The values of `tunesmith plan --json`, with a forecast of the bytes that it needs and of the room for them."""
+    forecast = {
+        "memory": {"total": needed, "parts": {"weights": needed}}, "room": room, "seconds": None,
+        "pass": {"step": 1, "rows": 1, "tokens": 2, "targets": 1},
+        "disk": {"total": 5, "checkpoints": 3, "rows": 1, "result": 1},
+    }  # fmt: skip
+    return {
+        "model": "m", "task": "chat", "method": "lora", "trained_parameters": 1, "total_parameters": 2, "steps": 2,
+        "rows": {"train": 3, "held_out": 1}, "tokens_per_epoch": 5, "steps_per_epoch": 2, "choices": [],
+        "warnings": [], "forecast": forecast if needed else None, **more,
+    }  # fmt: skip
 
 
 def load_fake(site: Site, *names: str, state: str = "ready") -> Any:

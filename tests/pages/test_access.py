@@ -166,6 +166,9 @@ def test_a_key_opens_a_session_and_wrong_ones_are_slowed(tmp_path: Path) -> None
     assert opened.status_code == 200
     assert "evil" not in opened.text
     assert client.get("/ui/").status_code == 200
+    lost = stranger(site_in(tmp_path, keys=ApiKeys.of([f"{KEY}-another"])))
+    lost.cookies = client.cookies
+    assert lost.get("/ui/").status_code == 401, "a session ends with the key that opened it"
     other = stranger(site)
     tries = [other.post("/ui/login", data={"key": "k" * 30}).status_code for _ in range(6)]
     assert tries == [401] * 5 + [429]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,12 @@ import pytest
 
 from evaluation.fake_runs import fake_run
 from often import slow
-from pages.sites import fork_children, load_fake, put_done, put_states, run_of, serving
+from pages.sites import AXE, load_fake, put_done, serving
 from serve.running import wait_for
-from tiny_run import chats, model_folder
 from tunesmith.pages import markup, run_list
 from tunesmith.types import Event
 
 pytestmark = pytest.mark.pages
-PATIENCE_MS = 60_000
-HURRY = """for (const name of ['setTimeout', 'setInterval']) {
-    const slow = window[name];
-    window[name] = (call, ms, ...more) => slow(call, ms / 12, ...more);
-}"""
-"""Timers of the pages run faster: a test waits for them all the time."""
 WIDE = """() => [...document.querySelectorAll('main *, header *, footer *')]
     .filter(box => !box.closest('.scroll, .plot, pre, .text, svg, .skip') && box.getBoundingClientRect().width > 0
         && box.getBoundingClientRect().right > innerWidth + 1)
@@ -32,86 +24,6 @@ WIDE = """() => [...document.querySelectorAll('main *, header *, footer *')]
 SMALL = """() => [...document.querySelectorAll('button, input, select, summary, nav a, .button')]
     .map(box => [box.outerHTML.slice(0, 120), box.getBoundingClientRect()])
     .filter(([, box]) => box.width > 0 && (box.height < 23.5 || box.width < 20)).map(([words]) => words)"""
-
-
-@pytest.fixture
-def heard() -> list[str]:
-    """What a page said, popped up, asked elsewhere, or was forbidden by its policy: nothing, in the end."""
-    return []
-
-
-@pytest.fixture
-def opened(browser: Any, heard: list[str]) -> Iterator[Callable[..., Any]]:
-    """Opens a page that is listened to."""
-    contexts = []
-
-    def open_page(url: str, link: str, **how: Any) -> Any:
-        settings = {"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce", **how}
-        context = browser.new_context(**settings)
-        contexts.append(context)
-        context.add_init_script(HURRY)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        page.on("console", lambda message: heard.append(message.text))
-        page.on("pageerror", lambda error: heard.append(str(error)))
-        page.on("dialog", lambda dialog: (heard.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: request.url.startswith((url, "data:")) or heard.append(request.url))
-        page.goto(url + link)
-        page.wait_for_url("**/ui/")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
-@pytest.mark.slow  # half a minute
-def test_from_a_file_to_a_chat_with_both_models(
-    opened: Callable[..., Any], heard: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fork_children(monkeypatch)
-    model, rows = model_folder(tmp_path / "model"), chats(tmp_path / "elsewhere.jsonl", 24)
-    dropped = tmp_path / "dropped.jsonl"
-    rows.rename(dropped)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    with serving(folder) as (site, url):
-        page = opened(url, site.access.new_link())
-        page.get_by_text("No runs yet").wait_for()
-        page.get_by_role("link", name="Data", exact=True).click()
-        page.set_input_files("#file-to-send", dropped)
-        page.get_by_text("can be trained on").wait_for()
-        assert (folder / "dropped.jsonl").read_bytes() == dropped.read_bytes()
-        page.fill("#model", str(model))
-        page.get_by_role("button", name="Look").click()
-        page.locator(".reading mark").first.wait_for()
-        page.get_by_role("link", name="Tune a model on it").click()
-        page.get_by_role("button", name="Start").wait_for()
-        page.locator("summary", has_text="change").first.click()
-        quick = {"train.epochs": 2, "threads": 1, "method.name": "lora"}
-        quick |= {"evaluation.samples": 0, "evaluation.surprising": 0, "evaluation.general": "false"}
-        page.goto(page.url + "".join(f"&set.{key}={value}" for key, value in quick.items()))
-        page.get_by_role("button", name="Start").click()
-        page.wait_for_url("**/ui/runs/dropped-*")
-        name = page.url.rpartition("/")[2]
-        page.locator("a", has_text="Result").wait_for()
-        page.locator("#curve canvas").wait_for()
-        report = run_of(site, name).report
-        page.locator("a", has_text="Result").click()
-        page.get_by_text(report["headline"][0].split("`")[0]).first.wait_for()
-        page.get_by_role("link", name="Chat with both").click()
-        page.get_by_role("button", name="Load it with its base").click()
-        page.locator("#text").wait_for()
-        page.fill("#text", "<b>what is tallest</b>")
-        page.keyboard.press("Enter")
-        page.locator("#send:not([disabled])").wait_for()
-        assert page.locator(".ask-bubble").inner_text() == "<b>what is tallest</b>"
-        names = page.locator(".side h3 bdi").all_inner_texts()
-        assert sorted(names) == sorted(card.name for card in site.engine.served)
-        assert name in names
-        assert len(page.locator(".side .count").all_inner_texts()) == 2
-        assert all("tokens" in words for words in page.locator(".side .count").all_inner_texts())
-    assert heard == []
 
 
 def test_a_run_of_the_command_line_is_seen_and_stopped(
@@ -151,17 +63,6 @@ def test_a_run_of_the_command_line_is_seen_and_stopped(
     page.get_by_text("No answer from the server").wait_for()
     assert page.get_by_role("button", name="Resume").is_disabled()
     assert [words for words in heard if not words.startswith("Failed to load resource: net::")] == []
-
-
-@pytest.fixture(scope="module")
-def states(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
-    folder = tmp_path_factory.mktemp("states")
-    put_states(folder / "runs")
-    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a " * 400, "completion": "<i>b</i>"}) + "\n")
-    with pytest.MonkeyPatch.context() as patch:
-        fork_children(patch)
-        with serving(folder) as served:
-            yield served
 
 
 def test_what_a_person_chose_stays_when_the_page_is_refreshed(
@@ -267,12 +168,13 @@ def test_an_embedder_ranks_texts_for_a_query(opened: Callable[..., Any], heard: 
     assert heard == []
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), slow((1200, "light")), (2560, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (360, "dark"), slow((1200, "light")), (2560, "light")])
 def test_pages_fit_their_window_and_can_be_hit(
     opened: Callable[..., Any], heard: list[str], states: tuple[Any, str], width: int, scheme: str
 ) -> None:
     site, url = states
-    page = opened(url, site.access.new_link(), viewport={"width": width, "height": 800}, color_scheme=scheme)
+    height = 256 if width == 320 else 800  # a window of 1,280 × 1,024 at 400 %
+    page = opened(url, site.access.new_link(), viewport={"width": width, "height": height}, color_scheme=scheme)
     paths = ("/ui/", "/ui/runs/failed-0002", "/ui/runs/done-0001/result", "/ui/data?file=rows.jsonl", "/ui/new")
     paths += ("/ui/compare?run=done-0001&run=killed-0003",)
     for path in paths[: 6 if width < 2000 else 2]:
@@ -288,19 +190,40 @@ def test_pages_fit_their_window_and_can_be_hit(
 def test_pages_read_without_scripts(opened: Callable[..., Any], heard: list[str], states: tuple[Any, str]) -> None:
     site, url = states
     page = opened(url, site.access.new_link(), java_script_enabled=False)
-    page.goto(f"{url}/ui/runs/killed-0003")
-    assert page.locator("svg.curve polyline").count() == 2
-    assert page.locator("#held-out tr").count() > 2
-    assert page.locator("button:visible").count() == 0, "no button that does nothing"
-    page.goto(f"{url}/ui/data?file=rows.jsonl")
-    page.locator("#row-1").wait_for()
+    for path, shown in READ:
+        page.goto(f"{url}/ui/{path}")
+        page.locator(shown).first.wait_for()  # by the page's own refresh, where it waits for something
+        does_nothing = page.locator("button:visible:not([form] *, form *):not([form]):not([disabled])")
+        assert does_nothing.all_inner_texts() == [], path
     assert heard == []
 
 
+def test_colours_of_the_system_less_motion_and_paper(opened: Callable[..., Any], states: tuple[Any, str]) -> None:
+    site, url = states
+    page = opened(url, site.access.new_link(), color_scheme="dark", reduced_motion="reduce")
+    page.goto(f"{url}/ui/runs/killed-0003")
+    page.locator("#curve canvas").wait_for()
+    page.evaluate("document.querySelector('h1').className = 'spin'")
+    assert page.evaluate("getComputedStyle(document.querySelector('.spin')).animationName") == "none"
+    page.emulate_media(reduced_motion="no-preference")
+    assert page.evaluate("getComputedStyle(document.querySelector('.spin')).animationName") == "turn"
+    page.emulate_media(forced_colors="active")
+    colours = {name: page.evaluate(COLOUR, name) for name in ("--ink", "--paper", "--accent", "--band")}
+    assert colours == {"--ink": "CanvasText", "--paper": "Canvas", "--accent": "LinkText", "--band": "transparent"}
+    page.emulate_media(forced_colors="none", media="print")
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)", "also of a page that is dark"
+    assert page.locator("nav:visible, button:visible, .foot:visible").count() == 0
+
+
+READ = (
+    ("", "td.main"), ("runs/killed-0003", "svg.curve polyline"), ("runs/failed-0002", ".problem"),
+    ("runs/done-0001", "#export .card"), ("runs/done-0001/result", ".report h2"), ("runs/begun-0009", ".problem"),
+    ("compare?run=done-0001&run=killed-0003", "h1"), ("data", ".files li"), ("data?file=rows.jsonl", "#row-1"),
+    ("new", "#plan"), ("chat?run=done-0001", "noscript, .note"),
+)  # fmt: skip
+"""Pages, and what is on each that somebody came for."""
+COLOUR = "name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()"
 COMPARED = "compare?run=done-0001&run=killed-0003"
-AXE = """() => axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']})
-    .then(result => result.violations.map(
-        rule => rule.id + ': ' + rule.nodes.map(node => node.html.slice(0, 140)).join(' | ')))"""
 
 
 @pytest.mark.parametrize(

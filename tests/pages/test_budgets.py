@@ -11,11 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from evaluation.fake_runs import fake_run
-from pages.sites import entered, fork_children, put_states, serving, site_in
+from pages.sites import entered, put_states, serving, site_in
+from serve.running import wait_for
+from tunesmith.cli.ui import IMPORTS
 from tunesmith.pages import markup
+from tunesmith.pages.site import Site
+from tunesmith.serve.commands import CommandRunner
 
 pytestmark = pytest.mark.pages
 MOST_BYTES = 60_000
@@ -26,6 +31,8 @@ FRAME_MS = 25.0
 NUM_RUNS = int(os.environ.get("TUNESMITH_PAGE_RUNS", "10000"))
 NUM_ROWS = int(os.environ.get("TUNESMITH_PAGE_ROWS", "1000000"))
 NUM_STEPS = 100_000
+JUMP_S = 0.3
+MOST_HEAP = 150 * 2**20
 PAINT = "() => performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0"
 """Milliseconds from the beginning of the navigation; 0 as long as nothing is painted."""
 FRAMES = """seconds => new Promise(done => {
@@ -155,26 +162,51 @@ def test_a_curve_of_a_hundred_thousand_steps_moves_smoothly(tab: Callable[[str, 
 
 
 @pytest.mark.slow
-def test_a_million_rows_are_reached_by_their_line(
-    tab: Callable[[str, str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fork_children(monkeypatch)
+def test_a_million_rows_are_reached_by_their_line(tab: Callable[[str, str], Any], tmp_path: Path) -> None:
     with (tmp_path / "rows.jsonl").open("w") as rows:
         for number in range(NUM_ROWS):
             rows.write(f'{{"prompt": "question {number}", "completion": "answer {number}"}}\n')
+        rows.write('{"prompt": "nobody answers"}\n')
     with serving(tmp_path) as (site, url):
+        site.commands = CommandRunner(IMPORTS)  # as the command has it: processes are those of a person
         page = tab(url, site.access.new_link())
         begun = time.perf_counter()
         page.goto(f"{url}/ui/data?file=rows.jsonl")
         page.locator("#row-1").wait_for(timeout=120_000)
         print(f"\n{NUM_ROWS:,} rows: the first are there after {time.perf_counter() - begun:.2f} s")
-        for line in (NUM_ROWS // 2, NUM_ROWS - 1):
-            begun = time.perf_counter()
-            page.goto(f"{url}/ui/data?file=rows.jsonl&from={line}")
-            page.locator(f"#row-{line}").wait_for(timeout=120_000)
-            assert f"question {line - 1}" in page.locator(f"#row-{line}").inner_text()
-            print(f"line {line:,} after {time.perf_counter() - begun:.2f} s")
+        jumps = [jump(page, site, line) for line in (NUM_ROWS // 2, NUM_ROWS - 1, 17, NUM_ROWS // 3)]
         begun = time.perf_counter()
-        page.get_by_text("can be trained on").wait_for(timeout=600_000)
+        page.locator(".group a").first.wait_for(timeout=600_000)
         print(f"checked whole after another {time.perf_counter() - begun:.0f} s")
+        jumps += [jump(page, site, line) for line in (NUM_ROWS // 2 + 7, NUM_ROWS - 8)]
+        page.locator("body").press("n")
+        page.keyboard.press("Enter")
+        page.locator(f"#row-{NUM_ROWS + 1} .problem").wait_for()
+        page.keyboard.press("j")
+        page.keyboard.press("j")
+        assert page.evaluate("document.activeElement.ariaLabel") == f"Line {NUM_ROWS}"
         assert page.evaluate("() => document.querySelectorAll('article.reading').length") <= 80
+        assert page.evaluate("performance.memory.usedJSHeapSize") <= MOST_HEAP
+        assert sorted(jumps)[len(jumps) // 2] <= JUMP_S, jumps
+        site.commands.close()
+
+
+def jump(page: Any, site: Site, line: int) -> float:
+    """Seconds from Enter in the field for the line to its row, with the process that is ready by then."""
+    wait_for(lambda: (spare := site.commands._spare) is not None and is_ready(spare.process.pid), timeout_s=60)
+    page.fill("#from", str(line))
+    begun = time.perf_counter()
+    page.press("#from", "Enter")
+    page.locator(f"#row-{line}").wait_for(timeout=120_000)
+    seconds = time.perf_counter() - begun
+    assert f"question {line - 1}" in page.locator(f"#row-{line}").inner_text()
+    print(f"line {line:,} after {seconds:.2f} s")
+    return seconds
+
+
+def is_ready(pid: int) -> bool:
+    """Whether a process has imported all and waits: it sleeps, and has stopped to take time of the processor."""
+    process = psutil.Process(pid)
+    before = process.cpu_times().user
+    time.sleep(0.3)
+    return process.cpu_times().user - before < 0.02

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from starlette.testclient import TestClient
 from evaluation.fake_runs import HOSTILE, fake_run
 from pages.sites import OWN, Elements, app_of, assert_no_foreign_element, entered, load_fake, run_of, site_in
 from serve.running import wait_for
+from tunesmith.errors import StorageError
 from tunesmith.pages.exports import exports_of
-from tunesmith.pages.site import Site, curl
+from tunesmith.pages.site import Site
 from tunesmith.runs.atomic import to_json
 from tunesmith.types import Event
 
@@ -103,9 +105,22 @@ def test_an_export_that_fails_says_why(site: Site, monkeypatch: pytest.MonkeyPat
     assert 'id="export"' not in client.get("/ui/runs/half-0002").text
 
 
+# trap: S13
 @pytest.mark.parametrize("what", ["lock", "output", "said"])
 def test_an_export_writes_through_no_link(site: Site, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     export_by(monkeypatch, "1")
+    _assert_nothing_is_written_through(site, what)
+
+
+def test_files_that_are_opened_through_links_are_noticed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_by(monkeypatch, "1")
+    monkeypatch.setattr("tunesmith.jobs.launcher._no_link", os.open)
+    with pytest.raises(AssertionError):
+        _assert_nothing_is_written_through(site, "output")
+
+
+def _assert_nothing_is_written_through(site: Site, what: str) -> None:
+    """A link that whoever packed the run put where an export keeps its files leads to no write elsewhere."""
     precious, folder = site.root / "precious", run_of(site, "done-0001").path / "exports"
     precious.write_text("mine")
     folder.mkdir(exist_ok=True)
@@ -115,8 +130,8 @@ def test_an_export_writes_through_no_link(site: Site, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("name", "route", "body"), [
-    ("support", "/v1/chat/completions", {"messages": [{"role": "user", "content": "…"}]}),
-    ("mood", "/v1/classify", {"input": ["…"]}),
+    ("support", "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+    ("mood", "/v1/classify", {"input": "Hello"}),
 ])  # fmt: skip
 def test_a_served_run_shows_a_line_that_asks_it(site: Site, name: str, route: str, body: dict[str, Any]) -> None:
     load_fake(site, name)
@@ -142,10 +157,35 @@ def test_a_served_run_shows_a_line_that_asks_it(site: Site, name: str, route: st
     assert program.post(route, json=sent, headers=heads).status_code == 401
 
 
-def test_a_reranker_is_asked_to_rank() -> None:
-    words = shlex.split(curl("http://127.0.0.1:8000/", {"name": "r", "answers": "labels", "task": "rank"}))
-    sent = json.loads(words[words.index("-d") + 1])
-    assert (words[1], sent) == ("http://127.0.0.1:8000/v1/rerank", {"model": "r", "query": "…", "documents": ["…"]})
+def test_keys_of_programs_end_one_by_one(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_fake(site, "support")
+    client, program = entered(site), TestClient(app_of(site), base_url="http://127.0.0.1:8000")
+    first, second = (client.post("/v1/keys", json={}, headers=OWN).json()["key"] for _ in range(2))
+    page = Elements(client.get("/ui/runs/done-0001").text).text
+    names = [key["name"] for key in client.get("/v1/keys").json()["keys"]]
+    assert sorted(names) == sorted(key.partition("-")[0] for key in (first, second))
+    assert all(f"The key that begins with {name}, made" in page for name in names)
+    assert first not in page, "it is shown once"
+    acts = OWN | {"X-Tunesmith": "1"}
+    assert client.delete(f"/v1/keys/{first.partition('-')[0]}", headers=acts).json()["ended"] is True
+    for name in (first.partition("-")[0], "", " ", "%E9"):
+        assert client.delete(f"/v1/keys/{name}", headers=acts).status_code in (404, 405)
+    asked = [
+        program.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode("latin-1")}).status_code
+        for key in (first, second, second.partition("-")[0], "é-" + second)
+    ]
+    assert asked == [401, 200, 401, 401]
+    assert client.get("/ui/").status_code == 200, "the session goes on"
+    file = site.root / ".ui" / "sessions.json"
+    file.write_text(json.dumps({"": 9e9, "key": 9e9, "key a": 9e9, **json.loads(file.read_text())}))
+    assert [key["name"] for key in client.get("/v1/keys").json()["keys"]] == [second.partition("-")[0]]
+
+    def full(*words: Any) -> None:
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr("tunesmith.serve.sessions.write_atomic", full)
+    refused = client.delete(f"/v1/keys/{second.partition('-')[0]}", headers=acts)
+    assert (refused.status_code, "No space left" in refused.text) == (507, True), "the next server would take the key"
 
 
 def test_a_served_run_stays_until_it_is_unloaded(site: Site) -> None:

@@ -76,7 +76,7 @@ def hand_on(page: Any, clock: Clock) -> None:
     page.get_by_text("until you unload it").wait_for()
     page.get_by_role("button", name="Make a key").click()
     page.wait_for_function("() => !document.getElementById('curl').textContent.includes('YOUR-KEY')")
-    line = page.locator("#curl").inner_text().replace("…", COMMENT)
+    line = page.locator("#curl").inner_text().replace("Hello", COMMENT)
     answer = subprocess.run(["sh", "-c", line], capture_output=True, check=True, timeout=60).stdout
     label = json.loads(answer)["data"][0]
     clock.say(f"a program asks by the line of the page: {label['label']!r}")

@@ -26,6 +26,7 @@ from pages.sites import (
     assert_no_foreign_element,
     entered,
     fork_children,
+    plan_values,
     put_states,
     run_of,
     site_in,
@@ -268,17 +269,8 @@ def test_a_plan_that_does_not_fit_cannot_be_started_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    size = 2**30
-    forecast = {
-        "memory": {"total": 3 * size, "parts": {"weights": 2 * size, "optimizer": size}}, "room": size,
-        "pass": {"step": 1, "rows": 1, "tokens": 2, "targets": 1}, "seconds": None,
-        "disk": {"total": 5, "checkpoints": 3, "rows": 1, "result": 1},
-    }  # fmt: skip
-    values = {
-        "model": HOSTILE[0], "task": "chat", "method": "lora", "trained_parameters": 1, "total_parameters": 2,
-        "rows": {"train": 3, "held_out": 1}, "tokens_per_epoch": 5, "steps": 2, "steps_per_epoch": 2, "choices": [],
-        "warnings": ["it needs 3.0 GiB, and 1.0 GiB is free. qlora needs 0.9 GiB."], "forecast": forecast,
-    }  # fmt: skip
+    warnings = ["it needs 3.0 GiB, and 1.0 GiB is free. qlora needs 0.9 GiB."]
+    values = plan_values(needed=3 * 2**30, room=2**30, model=HOSTILE[0], warnings=warnings)
     site = site_in(tmp_path)
     monkeypatch.setattr(site, "plan", lambda wanted, measured: Reply([], values=values))
     page = entered(site).get("/ui/new?file=rows.jsonl&model=m").text

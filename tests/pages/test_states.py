@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import threading
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,27 @@ from starlette.testclient import TestClient
 
 import fresh
 from evaluation.fake_runs import fake_run
-from pages.sites import HTML, KEY, OWN, Elements, answered, entered, fork_children, run_of, site_in, stranger
+from pages.sites import (
+    HTML,
+    KEY,
+    OWN,
+    Elements,
+    answered,
+    entered,
+    fork_children,
+    plan_values,
+    run_of,
+    site_in,
+    stranger,
+)
 from serve.running import wait_for
+from tunesmith.cli.ui import door_to
 from tunesmith.jobs.launcher import ChildProcess, start_child
 from tunesmith.pages import launches, local_files, run_list
 from tunesmith.pages.live import LiveRuns
 from tunesmith.pages.local_files import LocalFiles, row_address
 from tunesmith.pages.run_list import RunList
-from tunesmith.pages.site import Site, curl, door_to
+from tunesmith.pages.site import Site
 from tunesmith.runs.folder import Run
 from tunesmith.serve import commands
 from tunesmith.serve.commands import CommandRunner, Reply
@@ -63,6 +79,40 @@ def test_answers_before_and_now_are_shown_while_a_run_is_at_work(tmp_path: Path)
     assert "Now, after step 4" in text
     assert "a later <b>one</b>" in text
     assert "an early one" not in text
+
+
+def test_a_run_without_memory_goes_on_by_a_button(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "full-0001")
+    message = "step 7: out of memory. Resume on a machine with more memory, or with: tunesmith resume runs/full-0001"
+    message += " --set train.tokens_per_pass=1 --set train.checkpointed_layers=30"
+    run.append(Event("failed", 120, 0.0, {"code": "OutOfMemoryError", "message": message}))
+    client, begun = entered(site_in(tmp_path)), list[Any]()
+    page = client.get("/ui/runs/full-0001").text
+    assert "Resume with train.tokens_per_pass=1 train.checkpointed_layers=30</button>" in page
+    body = json.loads(unescape(re.findall(r'data-body="([^"]+)"', page)[0]))
+    monkeypatch.setattr(launches, "start_child", lambda run, module, words, *more, **how: begun.append(words))
+    assert client.post("/v1/runs/full-0001/resume", json=body, headers=OWN).status_code == 200
+    words = ["--set", "train.checkpointed_layers=30", "--set", "train.tokens_per_pass=1"]
+    assert begun == [["resume", str(run.path), *words, "--offline", "--json"]]
+    refused = client.post("/v1/runs/full-0001/resume", json={"settings": {"--out": "x"}}, headers=OWN)
+    assert (refused.status_code, len(begun)) == (400, 1)
+
+
+def test_whoever_looks_on_does_not_have_each_page_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "seen-0001")
+    client = entered(site_in(tmp_path))
+    monkeypatch.setattr("tunesmith.pages.routes.LIVE_S", 1e9)
+    with run.lock():
+        tag = client.get("/ui/runs/seen-0001").headers["ETag"]
+        again = {"If-None-Match": tag}
+        assert (client.get("/ui/runs/seen-0001", headers=again).status_code, tag) == (304, '"0-0"')
+        run.ask_stop()
+        assert client.get("/ui/runs/seen-0001", headers=again).status_code == 200, "what a person does is seen at once"
+        again = {"If-None-Match": client.get("/ui/runs/seen-0001").headers["ETag"]}
+        assert client.get("/ui/runs/seen-0001", headers=again).status_code == 304
+        monkeypatch.setattr("tunesmith.pages.routes.LIVE_S", 1e-6)
+        assert client.get("/ui/runs/seen-0001", headers=again).status_code == 200, "and steps after a while"
+    assert client.get("/ui/runs/seen-0001", headers=again).status_code == 200, "its end too"
 
 
 def test_a_run_that_is_gone_is_not_found(tmp_path: Path) -> None:
@@ -150,17 +200,39 @@ def test_a_run_that_is_starting_can_be_stopped(tmp_path: Path, monkeypatch: pyte
 def test_runs_at_once_are_said_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n")
     site = site_in(tmp_path)
-    monkeypatch.setattr(site.run_list, "at_work", lambda: ["a-1", "b-2", "c-3", "d-4"])
-    values: dict[str, Any] = {
-        "model": "m", "task": "chat", "method": "lora", "trained_parameters": 1, "total_parameters": 2, "steps": 2,
-        "rows": {"train": 3, "held_out": 1}, "tokens_per_epoch": 5, "steps_per_epoch": 2, "choices": [],
-        "warnings": [], "forecast": None,
-    }  # fmt: skip
-    monkeypatch.setattr(site, "plan", lambda wanted, measured: Reply([], values=values))
+    at_work = ["a-1", "b-2", "c-3", "d-4"]
+    monkeypatch.setattr(site.run_list, "at_work", lambda: at_work)
+    monkeypatch.setattr(site, "plan", lambda wanted, measured: Reply([], values=plan_values()))
     client = entered(site)
     assert "4 runs at work: a-1, b-2, c-3, d-4." in Elements(client.get("/ui/new?file=rows.jsonl&model=m").text).text
-    refused = client.post("/v1/runs", json={"model": "m", "data": "rows.jsonl"}, headers=OWN)
-    assert (refused.status_code, "4 runs are at work" in refused.text) == (409, True)
+    fake_run(site.root / "e-5")
+    for path, body in (("/v1/runs", {"model": "m", "data": "rows.jsonl"}), ("/v1/runs/e-5/resume", {})):
+        refused = client.post(path, json=body, headers=OWN)
+        assert (refused.status_code, "4 runs are at work" in refused.text) == (409, True), path
+
+
+def test_runs_that_begin_at_the_same_moment_keep_to_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setattr(
+        "tunesmith.jobs.launcher.python_words",
+        lambda module: [sys.executable, "-IS", "-c", "import time; time.sleep(60)"],
+    )
+    site = site_in(tmp_path)
+    client, statuses = entered(site), list[int]()
+    body = {"model": "m", "data": "rows.jsonl"}
+
+    def begin() -> None:
+        statuses.append(client.post("/v1/runs", json=body, headers=OWN).status_code)
+
+    people = [threading.Thread(target=begin) for _ in range(7)]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    names = site.run_list.at_work()
+    for name in names:
+        ChildProcess(site.root / name).stop()
+    assert (sorted(statuses), len(names)) == ([200] * 4 + [409] * 3, 4)
 
 
 def test_an_error_that_passes_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,10 +347,19 @@ def test_numbers_of_a_run_and_its_result_are_those_of_the_command(
     assert f"#row-{number}" in page
 
 
-def test_a_line_for_a_shell_holds_any_name() -> None:
-    words = curl("http://127.0.0.1:8000/", {"name": "it's `odd` $(name)", "task": "embed", "answers": "embeddings"})
-    assert words.startswith("curl http://127.0.0.1:8000/v1/embeddings -H 'Authorization: Bearer YOUR-KEY'")
-    assert "'\"'\"'" in words
+def test_a_plan_that_fits_is_one_click_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    warnings = [
+        "memory: this run needs 3.0 GiB, and 1.0 GiB are there.\nThese would fit:\n"
+        "  --set method.name=qlora --set precision=bfloat16  (0.9 GiB)\nTo run it all the same: --set memory=warn"
+    ]
+    values = plan_values(needed=3 * 2**30, room=2**30, warnings=warnings)
+    site = site_in(tmp_path)
+    monkeypatch.setattr(site, "plan", lambda wanted, measured: Reply([], values=values))
+    page = entered(site).get("/ui/new?file=rows.jsonl&model=m&set.seed=3").text
+    address = "/ui/new?file=rows.jsonl&amp;model=m&amp;set.seed=3&amp;set.method.name=qlora&amp;set.precision=bfloat16"
+    assert f'href="{address}"' in page
+    assert page.count("/ui/new?file=") == 1, "what runs all the same is no plan that fits"
 
 
 def test_the_list_of_runs_sees_who_begins_and_who_ends(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import threading
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 import fresh
-from pages.sites import OWN, Elements, answered, entered, fork_children, run_of, site_in
+from pages.sites import OWN, answered, entered, fork_children, run_of, site_in
 from serve.running import wait_for
 from tiny_run import chats, model_folder, tiny_recipe, values_of
 from tunesmith.runs.folder import Run, runs
@@ -51,10 +53,10 @@ def test_the_command_of_a_page_makes_the_run_that_it_starts(tmp_path: Path, monk
     client = entered(site)
     query = "".join(f"&set.{key}={value}" for key, value in settings.items())
     page = answered(client, f"/ui/new?file=rows.jsonl&model={model}{query}")
-    line = next(line for line in Elements(page).text.splitlines() if "tunesmith train" in line or " train /" in line)
+    [line] = re.findall(r'id="as-command">([^<]*)</code>', page)
     body = {"model": str(model), "data": "rows.jsonl", "settings": settings}
     name = client.post("/v1/runs", json=body, headers=OWN).json()["name"]
-    words = shlex.split(line)
+    words = shlex.split(unescape(line))
     typed = tmp_path / "typed"
     fresh.done("-m", "tunesmith", *words[words.index("train") :], "--out", typed, "--offline", "--json")
     wait_for(lambda: site.runs.find(name) is not None and run_of(site, name).state() == "done", timeout_s=60)

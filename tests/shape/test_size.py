@@ -12,8 +12,8 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
     "api, types, errors, …": (1_675, "the Python interface, the types that travel, images too, errors, ways out"),
-    "cli": (4_750, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_415, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "cli": (4_760, "twenty-two commands, what they print and what they refuse"),
+    "data": (10_435, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
@@ -29,12 +29,15 @@ ROOMS = {
     "methods": (2_950, "full, LoRA and its relatives, on experts too, QLoRA, peft"),
     "models": (6_180, "finding, loading, attention, heads, experts, losses in pieces, divergences, what sees"),
     "optim": (450, "optimizers and schedules"),
-    "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
+    "pages": (1_705, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
     "planning": (1_960, "defaults with reasons; memory, time, disk; draws, graders and teachers too"),
     "recipe": (1_945, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
-    "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
+    "serve": (
+        3_225,
+        "the engine's process and OpenAI's routes, images in requests; sessions, keys, commands and a spare, for pages",
+    ),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_840, "what is learnt"),
     "summaries": (645, "what commands and pages say in the same words, which were in cli, pages and phrases before"),

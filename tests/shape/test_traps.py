@@ -14,7 +14,7 @@ REQUIRED = {
     *(f"A{n}" for n in range(21, 27)),  # experts
     *("A13", "A14"),  # GGUF
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
-    *(f"S{n}" for n in (*range(1, 9), *range(10, 13), *range(20, 31))),
+    *(f"S{n}" for n in (*range(1, 9), *range(10, 14), *range(20, 31))),
     *(f"M{n}" for n in range(1, 10)),  # what a measure proves
     *(f"P{n}" for n in range(1, 30)),  # preferences, rewards, vectors
     *(f"G{n}" for n in (*range(1, 26), *range(31, 35))),  # answers that are drawn and graded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -23,7 +22,7 @@ from tunesmith.errors import InputError
 from tunesmith.phrases import one_line, plural, visible
 from tunesmith.runs.folder import is_run
 from tunesmith.serve.protocol import Engine, EngineOptions, ModelCard
-from tunesmith.types import JsonObject, Record
+from tunesmith.types import Record
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -181,7 +180,8 @@ class ServerOutput:
         key = "with a key" if has_key else "without a key"
         self.screen.print(f"\n{bound.url}/v1 answers requests {who}, {key}. Ctrl-C ends it. Try:\n", style="bold")
         # Not wrapped, so that a line can be copied at any width.
-        self.screen.print(to_try(bound.url, served[0], has_key=has_key) + "\n", soft_wrap=True)
+        line = served[0].to_ask(bound.url, key="$TUNESMITH_API_KEY" if has_key else "")
+        self.screen.print(f"  {line}\n", soft_wrap=True)
         if any(card.answers == "text" for card in served):
             self.screen.print(f"Or open {bound.url}/ in a browser. Give a temperature: without one it is 1.\n")
 
@@ -216,21 +216,6 @@ class ServerOutput:
             failed = f", {usage.failed}" if usage.failed else ""
             self.last = (log.method, path, log.status)
             self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms{tokens}{failed}")
-
-
-def to_try(url: str, served: ModelCard, *, has_key: bool) -> str:
-    """A line for a shell that asks the model."""
-    import orjson
-
-    path = {"text": "chat/completions", "embeddings": "embeddings", "labels": "classify"}[served.answers]
-    text: JsonObject = {"input": "Hello"}
-    if served.answers == "text":
-        text = {"messages": [{"role": "user", "content": "Hello"}]}
-    elif served.task == "rank":
-        path, text = "rerank", {"query": "Where is my parcel?", "documents": ["It left on Monday.", "Hello"]}
-    key = ' -H "Authorization: Bearer $TUNESMITH_API_KEY"' if has_key else ""
-    data = shlex.quote(orjson.dumps({"model": served.name, **text}).decode())
-    return f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {data}"
 
 
 def check_extra(extra: Literal["serve", "jobs"]) -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tunesmith.serve.http import BoundSocket
     from tunesmith.serve.middleware import RequestLog
 
+IMPORTS = [
+    f"tunesmith.{name}" for name in ("cli.app", "cli.display", "data.check", "inference.load", "training.resolve")
+]
+"""Modules that a spare process of the pages imports, those without torch first."""
 LAST_REQUESTS_S = 5.0
 """Time for requests under way at the end: a page that waits asks again."""
 
@@ -64,7 +68,7 @@ def ui(
     output = ServerOutput(console(stderr=as_json), quiet, as_json)
     access = Access(root / ".ui" / "sessions.json", bound.port, keys)
     engine = ChatEngine(root, EngineOptions(offline=offline), output.note)
-    site = Site(root, LocalFiles(data, root), access, engine, CommandRunner(), offline)
+    site = Site(root, LocalFiles(data, root), access, engine, CommandRunner(IMPORTS), offline)
     machine = () if bound.is_loopback else (socket.gethostname(),)
     names = frozenset(name.lower() for name in ("localhost", host, *machine, *(allow_host or ())))
     has_screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)  # else lynx would open
@@ -77,7 +81,6 @@ def _serve(site: Site, bound: BoundSocket, names: frozenset[str], output: Server
 
     from tunesmith.pages.api import make_api
     from tunesmith.pages.routes import make_pages, refused
-    from tunesmith.pages.site import door_to
     from tunesmith.serve import http
     from tunesmith.serve.app import make_app
     from tunesmith.serve.middleware import AccessPolicy
@@ -129,3 +132,16 @@ def _say(bound: BoundSocket, link: str, output: ServerOutput) -> None:
         port = bound.port
         tunnel = f"ssh -L {port}:127.0.0.1:{port} THIS-MACHINE"
         output.screen.print(f"Without https others on the way can read along; better: {tunnel}", style="yellow")
+
+
+def door_to(link: str, door: Path) -> str:
+    """The address of a file that leads to the link and that this user alone can read; the link itself where it
+    cannot be written. Other users see the words that a process was started with, also of a browser."""
+    try:
+        door.parent.mkdir(parents=True, exist_ok=True)
+        door.unlink(missing_ok=True)
+        with os.fdopen(os.open(door, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f'<!DOCTYPE html><meta http-equiv="refresh" content="0;url={link}"><title>Tunesmith</title>')
+    except OSError:
+        return link
+    return door.absolute().as_uri()

@@ -211,13 +211,32 @@ def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
             num_blank = count_blank(num_blank, facts)
             continue
         facts.rows, num_blank = facts.rows + 1, 0
-        if facts.line >= facts.skip_to:
-            try:
-                yield facts.line, loads(raw, depth=depth)
-            except BadRow as bad:
-                if facts.rows == 1 and bad.code == "truncated_json":
-                    _refuse_indented(facts)
-                on_bad(facts.line, bad)
+        try:
+            yield facts.line, loads(raw, depth=depth)
+        except BadRow as bad:
+            if facts.rows == 1 and bad.code == "truncated_json":
+                _refuse_indented(facts)
+            on_bad(facts.line, bad)
+        if facts.skip_to > facts.line + 1:
+            facts.line += skip_lines(stream, facts.skip_to - 1 - facts.line)
+
+
+def skip_lines(stream: ByteStream, num: int) -> int:
+    """Go on behind `num` ends of lines, at the speed of the disk: nothing is looked at but these. Returns how
+    many there were before the end of the file."""
+    num_skipped = 0
+    while num_skipped < num and (piece := stream.peek(1)):  # type: ignore[attr-defined]
+        num_here = piece.count(b"\n")
+        if num_skipped + num_here < num:
+            num_skipped += num_here
+            stream.read(len(piece))
+            continue
+        end = 0
+        for _ in range(num - num_skipped):
+            end = piece.index(b"\n", end) + 1
+        stream.read(end)
+        return num
+    return num_skipped
 
 
 def count_blank(num: int, facts: FileFacts) -> int:

@@ -1,5 +1,4 @@
-"""The values behind the pages as JSON, and all that a page may do: routes of `/v1`
-that a program can use too."""
+"""The values behind the pages as JSON, and all that a page may do: routes of `/v1` that a program can use too."""
 
 from __future__ import annotations
 
@@ -27,6 +26,12 @@ class NewRun(StrictModel):
 
     model: str
     data: str
+    settings: dict[str, str] = Field(default_factory=dict)
+
+
+class Continued(StrictModel):
+    """Options with which a run goes on."""
+
     settings: dict[str, str] = Field(default_factory=dict)
 
 
@@ -80,9 +85,9 @@ def _add_runs(router: APIRouter, site: Site) -> None:
     @router.post("/v1/runs")
     def create(body: NewRun) -> Response:
         """Start a run: `tunesmith train` in a process of its own."""
-        wanted = Wanted(body.model, site.files.find(body.data), tuple(sorted(body.settings.items())))
-        num_working = len(site.run_list.at_work())
-        return json_response(launches.start(site.root, wanted, num_working, offline=site.offline))
+        wanted = Wanted(body.model, site.files.find(body.data), tuple(body.settings.items()))
+        with site.room_for_one():
+            return json_response(launches.start(site.root, wanted, offline=site.offline))
 
     @router.get("/v1/runs/{run}")
     def one(run: str) -> Response:
@@ -103,19 +108,20 @@ def _add_runs(router: APIRouter, site: Site) -> None:
     @router.post("/v1/runs/{run}/stop")
     def stop(run: str) -> Response:
         """Let a run stop after its step, with a checkpoint; one that has no folder yet ends at once."""
-        if site.runs.find(run) is None and run in [row["name"] for row in launches.starting_runs(site.root)]:
+        if site.runs.find(run) is None and launches.starting(site.root, run):
             return json_response(launches.stop_starting(site.root / run))
         return json_response(launches.stop(site.find(run)))
 
     @router.post("/v1/runs/{run}/resume")
-    def resume(run: str) -> Response:
+    def resume(run: str, body: Continued) -> Response:
         """Let a run go on after its newest checkpoint."""
-        return json_response(launches.resume(site.find(run), offline=site.offline))
+        with site.room_for_one():
+            return json_response(launches.resume(site.find(run), body.settings.items(), offline=site.offline))
 
     @router.post("/v1/runs/{run}/forget")
     def forget(run: str) -> Response:
         """Take away what is left of a run that did not start."""
-        if run not in [row["name"] for row in launches.starting_runs(site.root)]:
+        if launches.starting(site.root, run) is None:
             raise RequestError(f"{run[:100]}: is no run that did not start.", status=404, code="not_found")
         launches.forget(site.root / run)
         return json_response({"name": run, "forgotten": True})
@@ -191,3 +197,15 @@ def _add_engine(router: APIRouter, site: Site) -> None:
     async def key() -> Response:
         """A key for a program, shown once."""
         return json_response({"key": site.access.new_key()})
+
+    @router.get("/v1/keys")
+    async def keys() -> Response:
+        """The names of the keys for programs, with which they begin."""
+        return json_response({"keys": site.access.keys_of_programs()})
+
+    @router.delete("/v1/keys/{name}")
+    async def end_key(name: str) -> Response:
+        """End a key for a program."""
+        if not site.access.end_key(name):
+            raise RequestError(f"{name[:20]}: no key has this name.", status=404, code="not_found")
+        return json_response({"name": name, "ended": True})

@@ -48,8 +48,7 @@ class ChatEngine:
         return {"target": self.target, "state": state, "error": self.error, "stays": stays, "models": models}
 
     async def load(self, target: str, *, stays: bool = False) -> None:
-        """Begin to load a run with its base, in place of what is loaded. `stays`: it
-        does not go when nobody asks."""
+        """Begin to load a run with its base, in place of what is loaded. `stays`: it does not go when nobody asks."""
         async with self._beginning:
             is_loading = self._task is not None and not self._task.done()
             if target == self.target and (is_loading or self._engine is not None):
@@ -98,13 +97,8 @@ class ChatEngine:
             raise RequestError("No model is loaded. Choose a run to chat with.", status=503, code="engine_unavailable")
         return self._engine
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
-        events = self._ready().generate(request)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
+        return self._ready().generate(request)
 
     async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
         return await self._ready().read(model, texts, **how)

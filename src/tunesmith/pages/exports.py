@@ -1,5 +1,4 @@
-"""Exports that pages start: `tunesmith export` in a process of its own, and all
-exports of a run with their proof."""
+"""Exports that pages start: `tunesmith export` in a process of its own, and all exports of a run with their proof."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from tunesmith.errors import TunesmithError
 from tunesmith.jobs.launcher import ChildProcess
-from tunesmith.pages.launches import OUTPUT, start_process
+from tunesmith.pages.launches import ENDED, OUTPUT, start_process
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
 from tunesmith.summaries.runs import UNREADABLE
@@ -34,10 +33,6 @@ def start(run: Run, word: str, *, offline: bool) -> JsonObject:
     target, _, value = word.partition(":")
     options = ["--dtype" if target == "merged" else "--quant", value] if value else []
     place = run.export_path(word)
-    try:
-        place.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"{place.parent}: {error.strerror}.", status=507, code="storage") from error
     words = ["export", str(run.path), "--to", target, *options, *(["--offline"] if offline else []), "--json"]
     start_process(place, words, says=True)
     return {"name": place.name, "state": "making"}
@@ -75,6 +70,6 @@ def _export(run: Run, place: Path) -> JsonObject:
     if child.is_alive():
         return row | {"state": "making", "error": None}
     if row["check"] is None and error is None and printed.get("kind") != "export":
-        error = {"message": "its process ended without a word: it was killed, or memory ran out."}
+        error = {"message": ENDED}
     state = "done" if row["check"] is not None else "failed" if error else ""  # "": it was made, and moved away since
     return row | {"state": state, "error": error}

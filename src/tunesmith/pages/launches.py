@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,9 @@ from tunesmith.types import JsonObject, Record
 OUTPUT = re.compile(r"\.(?P<run>[^/]+)\.output")
 RESUMABLE = ("stopped", "interrupted", "failed", "new")
 WHOLE_CARD = {CARD_SHARE: "1"}
-MOST_AT_ONCE = 4
-"""Runs at work beyond which pages start none."""
 ENDS_S = 3.0
 """Time for a killed process to be gone."""
+ENDED = "its process ended without a word: it was killed, or memory ran out."
 
 
 @dataclass(frozen=True)
@@ -39,41 +38,36 @@ class Wanted:
     """Options by key, as they were typed."""
 
     def words(self) -> list[str]:
-        """The words after `tunesmith train`, `plan` and their like."""
-        return [self.model, self.data, *(word for key, value in self.settings for word in ("--set", f"{key}={value}"))]
-
-    def refuse(self) -> None:
-        """Raise RequestError for what would be read as an option."""
+        """The words after `tunesmith train` and `plan`. Raises RequestError for what would be read as an option."""
         for name, value in (("model", self.model), ("data", self.data)):
             if not value.strip() or value.startswith("-") or "\0" in value:
                 raise RequestError(f"{name}: {value[:100]!r}: name one that is here.", param=name)
-        for key, value in self.settings:
-            if not re.fullmatch(r"[a-z_][a-z_0-9.]*", key) or "\0" in value:
-                raise RequestError(f"{key[:60]}: is no name of an option.", param=key[:60])
+        return [self.model, self.data, *set_words(self.settings)]
 
 
-def start(root: Path, wanted: Wanted, num_working: int, *, offline: bool) -> JsonObject:
-    """Start a run besides those at work; returns its name. Raises RequestError."""
-    wanted.refuse()
-    if num_working >= MOST_AT_ONCE:
-        message = (
-            f"{num_working} runs are at work, each with a model in memory: pages start no more. Wait for one, or "
-            "start it in a terminal."
-        )
-        raise RequestError(message, status=409, code="conflict")
-    name = f"{_slug(Path(wanted.data).name.split('.')[0])}-{secrets.token_hex(2)}"
+def set_words(settings: Iterable[tuple[str, str]]) -> list[str]:
+    """The words that set options. Raises RequestError for what is no name of one."""
+    pairs = sorted(settings)
+    for key, value in pairs:
+        if not re.fullmatch(r"[a-z_][a-z_0-9.]*", key) or "\0" in value:
+            raise RequestError(f"{key[:60]}: is no name of an option.", param=key[:60])
+    return [word for key, value in pairs for word in ("--set", f"{key}={value}")]
+
+
+def start(root: Path, wanted: Wanted, *, offline: bool) -> JsonObject:
+    """Start a run; returns its name. Raises RequestError."""
     words = ["train", *wanted.words(), *(["--offline"] if offline else [])]
-    root.mkdir(parents=True, exist_ok=True)
+    name = f"{_slug(Path(wanted.data).name.split('.')[0])}-{secrets.token_hex(2)}"
     start_process(root / name, [*words, "--out", str(root / name), "--json"])
     return {"name": name}
 
 
-def resume(run: Run, *, offline: bool) -> JsonObject:
-    """Let a run go on. Raises RequestError 409 where there is nothing to resume."""
+def resume(run: Run, settings: Iterable[tuple[str, str]] = (), *, offline: bool) -> JsonObject:
+    """Let a run go on, with other options. Raises RequestError: 409 where there is nothing to resume."""
     state = run.state()
     if state not in RESUMABLE:
         raise RequestError(f"{run.path.name}: it is {state}: there is nothing to resume.", status=409, code="conflict")
-    words = ["resume", str(run.path), *(["--offline"] if offline else [])]
+    words = ["resume", str(run.path), *set_words(settings), *(["--offline"] if offline else [])]
     start_process(run.path, [*words, "--json"])
     return {"name": run.path.name}
 
@@ -102,9 +96,9 @@ def stop_starting(run: Path) -> JsonObject:
 
 
 def start_process(run: Path, words: Sequence[str], *, says: bool = False) -> None:
-    """Start a command that is known by files next to `run`. Raises RequestError: 409
-    where one works already."""
+    """Start a command that is known by files next to `run`. Raises RequestError: 409 where one works already."""
     try:
+        run.parent.mkdir(parents=True, exist_ok=True)
         start_child(run, "tunesmith", words, WHOLE_CARD, says=says)
     except BlockingIOError as error:
         message = f"{run.name}: a process of it is at work already."
@@ -115,20 +109,30 @@ def start_process(run: Path, words: Sequence[str], *, says: bool = False) -> Non
 
 
 def starting_runs(root: Path) -> Iterator[JsonObject]:
-    """Runs that were started here and have no folder yet: on the way, or ended before they had one."""
+    """{name, state, error} of the runs that were started here and have no folder yet: "starting", or
+    "not started" with what their process printed last."""
+    for run in _started(root):
+        if not (run / "run.json").exists():
+            child = ChildProcess(run)
+            state = "starting" if child.is_alive() else "not started"
+            error = None if state == "starting" else child.error() or {"message": ENDED}
+            yield {"name": run.name, "state": state, "error": error}
+
+
+def starting(root: Path, name: str) -> JsonObject | None:
+    """The row of `starting_runs` with that name."""
+    return next((row for row in starting_runs(root) if row["name"] == name), None)
+
+
+def busy(root: Path) -> list[str]:
+    """Names of runs on which a process that was started here works, or is about to."""
+    return [run.name for run in _started(root) if ChildProcess(run).is_alive()]
+
+
+def _started(root: Path) -> Iterator[Path]:
     for path in sorted(root.glob(".*.output")) if root.is_dir() else ():
-        match = OUTPUT.fullmatch(path.name)
-        if match is not None and not (root / match["run"] / "run.json").exists():
-            yield starting_run(root / match["run"])
-
-
-def starting_run(run: Path) -> JsonObject:
-    """{name, state, error}: "starting", or "not started" with what its process printed last."""
-    child = ChildProcess(run)
-    if child.is_alive():
-        return {"name": run.name, "state": "starting", "error": None}
-    error = child.error() or {"message": "its process ended without a word: it was killed, or memory ran out."}
-    return {"name": run.name, "state": "not started", "error": error}
+        if match := OUTPUT.fullmatch(path.name):
+            yield root / match["run"]
 
 
 def forget(run: Path) -> None:

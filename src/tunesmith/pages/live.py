@@ -71,16 +71,16 @@ class FollowedLog:
 
     def _line_of(self, error: Exception) -> str:
         """The words on the damaged line, with its number."""
-        series = RunSeries()
+        series, number = RunSeries(), 0
         try:
-            for number, event in enumerate(self.run.events(), start=1):
-                try:
-                    series.add(event)
-                except UNREADABLE as fault:
-                    kind = f"{type(fault).__name__}: {fault}"
-                    return f"{self.run.events_path}:{number}: an event that lacks something ({kind})."
+            for event in self.run.events():
+                number += 1
+                series.add(event)
         except RunError as damaged:
             return str(damaged)
+        except UNREADABLE as fault:
+            kind = f"{type(fault).__name__}: {fault}"
+            return f"{self.run.events_path}:{number}: an event that lacks something ({kind})."
         return str(error)
 
 

@@ -1,5 +1,4 @@
-"""Data files and models below one folder of this machine: listed, looked up by name,
-and received from a browser."""
+"""Data files and models below one folder of this machine: listed, looked up by name, and received from a browser."""
 
 from __future__ import annotations
 
@@ -29,16 +28,13 @@ MOST_BYTES = 64 * 2**30
 KEPT_FREE = 2**30
 """Bytes of the disk that an upload leaves."""
 SKIPPED = ("runs", "node_modules", "site-packages", "__pycache__", "checkpoints", "exports")
-
-
 _SOURCE = re.compile(r"(?P<path>.+):(?P<line>\d{1,12})")
 BEFORE = 2
 """Lines above a row that its link shows too."""
 
 
 def row_address(places: Mapping[str, str], source: str) -> str:
-    """The address of a row in Data by its source, FILE:LINE; empty for a file that
-    is not of `LocalFiles.places`."""
+    """The address of a row in Data by its source, FILE:LINE; empty for a file that is not of `LocalFiles.places`."""
     match = _SOURCE.match(source)
     name = places.get(os.path.abspath(match["path"])) if match else None
     if match is None or name is None:

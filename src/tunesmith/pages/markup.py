@@ -1,5 +1,4 @@
-"""Pages from templates. Every text that is put in goes through `visible` and is
-escaped, unless it is Markup."""
+"""Pages from templates. Every text that is put in goes through `visible` and is escaped, unless it is Markup."""
 
 from __future__ import annotations
 
@@ -10,13 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import psutil
 from fastapi import Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import Response
 
 from tunesmith import phrases
-from tunesmith.evaluation.metrics import VERDICTS, info_of
+from tunesmith.evaluation.metrics import info_of
 from tunesmith.pages import pictures
 from tunesmith.serve.protocol import RequestError
 from tunesmith.summaries import checks, words
@@ -75,19 +75,23 @@ def environment() -> Environment:
     made.filters |= {"percent": phrases.percent, "option": words.option, "plural": phrases.plural}
     made.filters["day"] = lambda seconds: time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
     made.globals |= {"asset": asset, "words": words, "checks": checks, "pictures": pictures, "version": __version__}
-    made.globals |= {"info_of": info_of, "VERDICTS": VERDICTS}
-    made.globals["names"] = lambda model: model_name(Path(model))
+    made.globals |= {"info_of": info_of, "about": phrases.about, "names": lambda model: model_name(Path(model))}
     made.globals["age"] = lambda created: words.age(time.time() - created)
-    made.globals |= {"command": phrases.command, "about": phrases.about, "duration": phrases.duration}
     return made
 
 
 def page(request: Request, template: str, status: int = 200, /, **values: Any) -> Response:
     """A page, with what all of them have."""
     theme = request.cookies.get(THEME, "")
-    common = {"theme": theme if theme in ("light", "dark") else "", "path": request.url.path}
+    common = {"theme": theme if theme in ("light", "dark") else "", "path": request.url.path, "machine": machine()}
     text = environment().get_template(template).render(**common, **values)
     return Response(text, status, HEADERS, "text/html")
+
+
+def machine() -> str:
+    """The memory of this machine in words."""
+    memory = psutil.virtual_memory()
+    return f"{phrases.size(memory.available)} of {phrases.size(memory.total)} free"
 
 
 def error_page(request: Request, error: RequestError) -> Response:
@@ -98,8 +102,7 @@ def error_page(request: Request, error: RequestError) -> Response:
 
 
 def asset(name: str) -> str:
-    """The address of a file of `static`, which changes with the content of any of
-    them: they import each other."""
+    """The address of a file of `static`, which changes with the content of any of them: they import each other."""
     return f"/ui/static/{_static()[0]}/{name}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from tunesmith.phrases import size
 from tunesmith.types import Record
@@ -65,10 +65,7 @@ def curves(runs: Sequence[tuple[str, Record]]) -> Markup:
     parts = [_axes(scale)]
     for index, (letter, course) in enumerate(courses):
         if course:
-            end, height = (
-                scale.x(course[-1][0]) - 14 * index,
-                scale.y(course[-1][1]) - 7,
-            )  # side by side where ends meet
+            end, height = scale.x(course[-1][0]) - 14 * index, scale.y(course[-1][1]) - 7  # beside each other
             parts.append(f'<polyline class="c c{index}" fill="none" points="{scale.path(course)}"/>')
             parts.append(f'<text class="name" x="{end:.1f}" y="{height:.1f}" text-anchor="end">{letter}</text>')
     return _picture(parts, "Training loss of the runs over their steps")
@@ -117,8 +114,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def _bounds(losses: Sequence[float], held_out: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest loss of the picture, without the few highest of
-    training, which would flatten it."""
+    """The lowest and the highest loss of the picture, without the few highest of training, which would flatten it."""
     ordered = sorted(losses)
     low, high = ordered[0], max([ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))], *held_out])
     room = 0.06 * (high - low) or 0.5
@@ -131,38 +127,33 @@ def _finite_pairs(pairs: Iterable[Any]) -> list[tuple[float, float]]:
 
 def progress(share: float, label: str) -> Markup:
     """A bar that is full to a share of it."""
-    width = 100 * min(max(share, 0.0), 1.0)
-    return Markup(
-        '<svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label="{}">'
-        '<rect class="ground" width="100" height="6"/><rect class="full" width="{:.2f}" height="6"/></svg>'
-    ).format(label, width)
+    return _bar("bar", label, 6, [("full", 0.0, 100 * min(max(share, 0.0), 1.0), "")])
 
 
 def parts_bar(parts: Sequence[tuple[str, float]], room: float, label: str) -> Markup:
-    """Parts of a whole against the room that there is, whose end is marked where the parts pass it."""
+    """Parts of a whole against the room that there is; what passes its end has a colour of its own."""
     total = sum(num for _, num in parts)
-    scale_end = max(total, room, 1.0)
+    unit = 100 / max(total, room, 1.0)
     at, drawn = 0.0, []
     for index, (name, num) in enumerate(parts):
-        width = 100 * num / scale_end
-        title = escape(f"{name} {size(num)}")
-        drawn.append(
-            f'<rect class="part p{index % 6}" x="{at:.2f}" width="{width:.2f}" height="10">'
-            f"<title>{title}</title></rect>"
-        )
-        at += width
-    over = f'<rect class="over" x="{100 * room / scale_end:.2f}" width="0.6" height="10"/>' if total > room else ""
-    head = '<svg class="bar parts" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{}">'
-    return Markup(head).format(label) + Markup(
-        '<rect class="ground" width="100" height="10"/>' + "".join(drawn) + over + "</svg>"
-    )
+        drawn.append((f"part p{index % 6}", unit * at, unit * num, f"{name} {size(num)}"))
+        at += num
+    if total > room:
+        drawn.append(("over", unit * room, unit * (total - room), f"{size(total - room)} too many"))
+    return _bar("bar parts", label, 10, drawn)
 
 
 def range_bar(low: float, value: float, high: float, label: str) -> Markup:
     """A value between its bounds, on a scale from nothing to the upper one."""
-    scale_end = max(high, 1e-9)
-    return Markup(
-        '<svg class="bar parts" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{}">'
-        '<rect class="ground" width="100" height="10"/><rect class="part p2" x="{:.2f}" width="{:.2f}" height="10"/>'
-        '<rect class="full" x="{:.2f}" width="0.8" height="10"/></svg>'
-    ).format(label, 100 * low / scale_end, 100 * (high - low) / scale_end, 100 * value / scale_end)
+    unit = 100 / max(high, 1e-9)
+    drawn = [("part p2", unit * low, unit * (high - low), ""), ("full", unit * value, 0.8, "")]
+    return _bar("bar parts", label, 10, drawn)
+
+
+def _bar(kind: str, label: str, height: int, drawn: Iterable[tuple[str, float, float, str]]) -> Markup:
+    """Rectangles of (class, beginning, width, title) on a scale to 100."""
+    piece = Markup('<rect class="{}" x="{:.2f}" width="{:.2f}" height="{}"><title>{}</title></rect>')
+    every = [("ground", 0.0, 100.0, ""), *drawn]
+    pieces = [piece.format(name, at, width, height, title) for name, at, width, title in every]
+    head = Markup('<svg class="{}" viewBox="0 0 100 {}" preserveAspectRatio="none" role="img" aria-label="{}">')
+    return head.format(kind, height, label) + Markup("").join(pieces) + Markup("</svg>")

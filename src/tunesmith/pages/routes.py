@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
@@ -15,13 +17,13 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.types import Scope
 
 from tunesmith.pages import exports, launches
-from tunesmith.pages.api import number, wanted_of
+from tunesmith.pages.api import SET, number, wanted_of
 from tunesmith.pages.live import run_values
 from tunesmith.pages.local_files import row_address
 from tunesmith.pages.markup import asset_response, error_page, page
 from tunesmith.pages.pictures import curves
 from tunesmith.pages.run_list import PAGE
-from tunesmith.pages.site import Site, answer_values, check_words, curl, machine
+from tunesmith.pages.site import Site, answer_values, check_words
 from tunesmith.phrases import command
 from tunesmith.recipe.docs import options
 from tunesmith.runs.folder import Run
@@ -35,7 +37,10 @@ from tunesmith.types import JsonObject
 ROWS_A_PAGE = 20
 STILL_POINTS = 300
 """Buckets of the curve that needs no script."""
+LIVE_S = 6.0
 MOST_FORM = 4096
+SETTING = re.compile(r"--set ([a-z_.]+)=(\w+)")
+FITTING = re.compile(r"^ +((?:--set \S+ ?)+) \(", re.MULTILINE)
 LETTERS = "ABCDEFGH"
 """Names of runs side by side, as many as are compared."""
 
@@ -69,7 +74,7 @@ def make_pages(site: Site) -> APIRouter:
         chosen = request.query_params.get("run") or site.engine.target
         values: dict[str, Any] = {"done": done, "chosen": chosen, "deployment": site.engine.deployment()}
         words = ("chat", str(site.root / chosen)) if chosen else ("chat", "last")
-        return page(request, "chat.html", as_command=command(*words), **_common("/v1/deployments"), **values)
+        return page(request, "chat.html", as_command=command(*words), as_json="/v1/deployments", **values)
 
     @router.get("/ui/{rest:path}")
     def nothing(rest: str) -> Response:
@@ -93,19 +98,12 @@ def _login(request: Request, site: Site, *, back: str, status: int, message: str
     return page(request, "login.html", status, has_keys=site.access.keys is not None, back=safe, message=message)
 
 
-def _common(as_json: str) -> dict[str, Any]:
-    return {"as_json": as_json, "machine": machine()}
-
-
 def _entered(request: Request, site: Site, token: str, back: str) -> Response:
-    """A small page that goes on by itself: a cookie that is strict is not sent along
-    a redirect from elsewhere."""
+    """A small page that goes on by itself: a cookie that is strict is not sent along a redirect from elsewhere."""
     answer = page(request, "opened.html", back=back if back.startswith("/ui/") else "/ui/")
     scheme = request.headers.get("x-forwarded-proto") or request.headers.get("origin") or request.url.scheme
     secure = scheme.strip().lower().startswith("https")  # also behind a proxy that speaks https for this server
-    answer.set_cookie(
-        site.access.cookie, token, max_age=SESSION_S, httponly=True, samesite="strict", secure=secure
-    )  # fmt: skip
+    answer.set_cookie(site.access.cookie, token, max_age=SESSION_S, httponly=True, samesite="strict", secure=secure)
     return answer
 
 
@@ -152,24 +150,28 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         newer = None if after == 0 else f"/ui/?{urlencode({'find': find, 'after': max(0, after - PAGE)})}"
         words = command("runs", "--runs", site.root)
         more = {"find": find, "older": older, "newer": newer, "after": after, "root": str(site.root)}
-        return page(request, "runs.html", **values, **more, as_command=words, **_common(f"/v1/runs?{query}"))
+        return page(request, "runs.html", **values, **more, as_command=words, as_json=f"/v1/runs?{query}")
 
     @router.get("/ui/runs/{name}")
     def run(name: str, request: Request) -> Response:
         if site.runs.find(name) is None:
             return _not_started(site, name, request)
+        tag = _tag(site.find(name))
+        if tag and request.headers.get("if-none-match") == tag:
+            return Response(status_code=304)
         log = site.log(name)
         values = run_values(log)
         still = _drawable(site, name)
         if not still:
             values["log_problem"] = values.get("log_problem", "its steps cannot be drawn")
-        is_coming, refusal = launches.resuming(log.run)
-        more = {"series": still, "refusal": refusal, "resuming": is_coming, "resumable": launches.RESUMABLE}
-        more |= _handed_on(site, request, log.run)
-        return page(
-            request, "run.html", run=values, **more,
-            as_command=command("show", log.run.path), **_common(f"/v1/runs/{name}"),
-        )  # fmt: skip
+        more: dict[str, Any] = {"series": still, "resumable": launches.RESUMABLE}
+        more["resuming"], more["refusal"] = launches.resuming(log.run)
+        why = values.get("ended_by", {}).get("message", "")
+        more["way_on"] = dict(SETTING.findall(why)) if "resume" in why.lower() else {}
+        more |= {**_handed_on(site, request, log.run), "as_json": f"/v1/runs/{name}"}
+        answer = page(request, "run.html", run=values, as_command=command("show", log.run.path), **more)
+        answer.headers["ETag"] = tag
+        return answer
 
     @router.get("/ui/runs/{name}/result")
     def result(name: str, request: Request) -> Response:
@@ -185,7 +187,7 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         headline = [str(line) for line in headline] if isinstance(headline, list) else []
         more = {"headline": headline, "problem": report.get("problem", ""), "drawn": drawn, "Markup": Markup}
         words = command("show", log.run.path)
-        return page(request, "result.html", run=values, **more, as_command=words, **_common(f"/v1/runs/{name}"))
+        return page(request, "result.html", run=values, **more, as_command=words, as_json=f"/v1/runs/{name}")
 
     @router.get("/ui/runs/{name}/report.html")
     def report(name: str) -> Response:
@@ -195,14 +197,21 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         return FileResponse(path, headers={"Content-Security-Policy": REPORT_POLICY}, media_type="text/html")
 
 
+def _tag(run: Run) -> str:
+    """The same for as long as the page of a run at work need not be drawn anew: a request to stop is seen at once,
+    and steps every `LIVE_S`, since whoever looks on must not slow the run. Empty for a run that is not at work."""
+    return f'"{run.stop_asked():d}-{time.monotonic() // LIVE_S:.0f}"' if run.is_locked() else ""
+
+
 def _handed_on(site: Site, request: Request, run: Run) -> dict[str, Any]:
     """Values of the parts of a run's page on its exports, and on its being served."""
     deployed = site.engine.deployment()
     is_here = deployed["target"] == run.path.name
-    tuned = next((model for model in reversed(deployed["models"]) if is_here and not model["is_base"]), None)
-    line = curl(str(request.base_url), tuned) if tuned and deployed["state"] == "ready" else ""
-    served = {"deployment": deployed if is_here else {"state": "none", "stays": False}, "curl": line}
+    tuned = next((card for card in reversed(site.engine.served) if is_here and not card.is_base), None)
+    line = tuned.to_ask(str(request.base_url).rstrip("/"), key="YOUR-KEY") if tuned else ""
+    served: dict[str, Any] = {"deployment": deployed if is_here else {"state": "none", "stays": False}, "curl": line}
     has_result = run.adapter_path.exists() or run.model_path.exists()
+    served |= {"keys": site.access.keys_of_programs() if line else []}
     return {"has_result": has_result, "exports": exports.exports_of(run), "offered": exports.OFFERED, **served}
 
 
@@ -219,7 +228,16 @@ def _add_comparison(router: APIRouter, site: Site) -> None:
             drawn = ((letter, _drawable(site, name)) for letter, name in zip(LETTERS, names, strict=False))
             more["picture"] = curves([(letter, values) for letter, values in drawn if values])
         place = partial(row_address, site.files.places() if (more["reply"] or {}).get("state") == "done" else {})
-        return page(request, "compare.html", place=place, as_command=command(*words), **more, **_common(as_json))
+        return page(request, "compare.html", place=place, as_command=command(*words), **more, as_json=as_json)
+
+
+def _nearest(request: Request, warnings: str) -> list[tuple[str, str]]:
+    """The plans that fit, as a warning names them, with the address of each."""
+    query, plans = parse_qs(request.url.query), []
+    for words in FITTING.findall(warnings):
+        changed = dict(word.split("=", 1) for word in words.replace("--set ", SET).split())
+        plans.append((words, f"/ui/new?{urlencode(query | changed, doseq=True)}"))
+    return plans
 
 
 def _drawable(site: Site, name: str) -> JsonObject:
@@ -230,11 +248,11 @@ def _drawable(site: Site, name: str) -> JsonObject:
 
 
 def _not_started(site: Site, name: str, request: Request) -> Response:
-    row = next((row for row in launches.starting_runs(site.root) if row["name"] == name), None)
+    row = launches.starting(site.root, name)
     if row is None:
         site.find(name)
         return RedirectResponse(request.url.path, 303)  # it has its folder by now
-    return page(request, "not_started.html", run=row, as_command="", **_common("/v1/runs"))
+    return page(request, "not_started.html", run=row, as_command="", as_json="/v1/runs")
 
 
 def _add_data(router: APIRouter, site: Site) -> None:
@@ -253,18 +271,19 @@ def _add_data(router: APIRouter, site: Site) -> None:
             more["rows"] = answer_values(site.check(path, model, (first, more["last"])))
         as_json = f"/v1/checks?{urlencode({'file': name, 'model': model})}" if name else "/v1/local_files"
         folder = str(site.files.folder)
-        return page(request, "data.html", folder=folder, as_command=command(*words), **more, **_common(as_json))
+        return page(request, "data.html", folder=folder, as_command=command(*words), **more, as_json=as_json)
 
     @router.get("/ui/new")
     def new(request: Request) -> Response:
         query, wanted = request.query_params, wanted_of(site, request)
         more: dict[str, Any] = {"file": query.get("file", ""), "model": query.get("model", "").strip(), "plan": None}
         more |= {**site.files.listing(), "measured": query.get("measure") == "1", "working": site.run_list.at_work()}
-        more |= {"settings": {}, "options": options(), "query": str(request.url.query)}
+        more |= {"settings": {}, "options": options(), "nearest": []}
         words, as_json = ["train", "MODEL", "DATA"], "/v1/local_files"
         if wanted is not None:
             words, as_json = site.train_words(wanted), f"/v1/plans?{request.url.query}"
             plan = answer_values(site.plan(wanted, measured=more["measured"]))
             more |= {"plan": plan, "settings": dict(wanted.settings)}
+            more["nearest"] = _nearest(request, "\n".join((plan["values"] or {}).get("warnings", ())))
         more["done"] = [str(site.root / name) for name in site.run_list.with_results()]
-        return page(request, "new.html", as_command=command(*words), **more, **_common(as_json))
+        return page(request, "new.html", as_command=command(*words), **more, as_json=as_json)

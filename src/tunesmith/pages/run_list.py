@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from tunesmith.pages.launches import starting_runs
+from tunesmith.pages.launches import busy, starting_runs
 from tunesmith.pages.live import LiveRuns
 from tunesmith.runs.folder import Run
 from tunesmith.serve.commands import look
@@ -51,11 +51,11 @@ class RunList:
         return {"runs": rows, "working": working, "total": len(names), "matching": len(matching), "next": more}
 
     def at_work(self) -> list[str]:
-        """Names of runs that are starting or at work."""
+        """Names of runs that are at work or about to be."""
         with self._lock:
             self._names()
-            rows = [*starting_runs(self._runs.root), *self._working()]
-        return [row["name"] for row in rows if row["state"] in ("starting", "running")]
+            working = [row["name"] for row in self._working()]
+        return list(dict.fromkeys([*busy(self._runs.root), *working]))
 
     def with_results(self) -> list[str]:
         """Names of runs that have a result, newest first."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from tunesmith.pages.launches import Wanted
 from tunesmith.pages.live import FollowedLog, LiveRuns
 from tunesmith.pages.local_files import LocalFiles
 from tunesmith.pages.run_list import RunList
-from tunesmith.phrases import size
 from tunesmith.runs.folder import Run
 from tunesmith.serve.commands import CommandRunner, Reply
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.sessions import Access
-from tunesmith.types import JsonObject, Record
+from tunesmith.types import JsonObject
 
 COMMAND = "tunesmith"
 """The module of all commands."""
@@ -27,6 +25,8 @@ RESULT_PROCESS = "tunesmith.pages.result_process"
 PLAN_AGE_S = 120.0
 """A plan names the memory of its moment."""
 MOST_COMPARED = 8
+MOST_AT_ONCE = 4
+"""Runs at work beyond which pages start none."""
 
 
 @dataclass
@@ -43,6 +43,17 @@ class Site:
     def __post_init__(self) -> None:
         self.runs = LiveRuns(self.root)
         self.run_list = RunList(self.runs)
+        self._starting = threading.Lock()
+
+    @contextmanager
+    def room_for_one(self) -> Iterator[None]:
+        """A block that starts a run while no other starts one. Raises RequestError 409 where too many are at work."""
+        with self._starting:
+            if (num_working := len(self.run_list.at_work())) >= MOST_AT_ONCE:
+                message = f"{num_working} runs are at work, each with a model in memory. Wait, or use a terminal."
+                raise RequestError(message, status=409, code="conflict")
+            self.commands.end_spare()  # the run has its memory
+            yield
 
     def find(self, name: str) -> Run:
         """Raises RequestError 404."""
@@ -60,13 +71,11 @@ class Site:
         """The answer of `tunesmith check`: of the whole file, or rows of it as they are read."""
         words = check_words(path, model)
         words += ["--rows", f"{lines[0]}-{lines[1]}"] if lines else []
-        return self.commands.ask(
-            COMMAND, [*words, *self._common()], [Path(path), Path(model or ".") / "tokenizer.json"]
-        )
+        files = [Path(path), Path(model or ".") / "tokenizer.json"]
+        return self.commands.ask(COMMAND, [*words, *self._common()], files)
 
     def plan(self, wanted: Wanted, *, measured: bool) -> Reply:
         """The answer of `tunesmith plan`; `measured`: with a trial of the heaviest step."""
-        wanted.refuse()
         words = ["plan", *wanted.words(), "--probe" if measured else "--no-probe", "--runs", str(self.root)]
         files = [Path(wanted.data), Path(wanted.model) / "config.json"]
         return self.commands.ask(COMMAND, [*words, *self._common()], files, PLAN_AGE_S)
@@ -105,41 +114,3 @@ def answer_values(answer: Reply) -> JsonObject:
     """An answer of a command as JSON: {state, values, error, progress}."""
     state = "done" if answer.values is not None else "failed" if answer.error is not None else "working"
     return {"state": state, "values": answer.values, "error": answer.error, "progress": answer.progress}
-
-
-ASKED: dict[str, tuple[str, JsonObject]] = {
-    "text": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "…"}]}),
-    "labels": ("/v1/classify", {"input": ["…"]}),
-    "embeddings": ("/v1/embeddings", {"input": ["…"]}),
-    "ranks": ("/v1/rerank", {"query": "…", "documents": ["…"]}),
-}
-"""Route and body of a question, by what a model answers with; "ranks" for one of task rank."""
-
-
-def curl(url: str, model: Record) -> str:
-    """A line to paste into a shell that asks a loaded model; the key is to be put in."""
-    route, body = ASKED["ranks" if model["task"] == "rank" else model["answers"]]
-    heads = ["-H", "Authorization: Bearer YOUR-KEY", "-H", "Content-Type: application/json"]
-    words = json.dumps({"model": model["name"], **body}, ensure_ascii=False)
-    return shlex.join(["curl", url.rstrip("/") + route, *heads, "-d", words])
-
-
-def door_to(link: str, door: Path) -> str:
-    """The address of a file that leads to the link and that this user alone can read; the link itself where it
-    cannot be written. Other users see the words that a process was started with, also of a browser."""
-    try:
-        door.parent.mkdir(parents=True, exist_ok=True)
-        door.unlink(missing_ok=True)
-        with os.fdopen(os.open(door, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(f'<!DOCTYPE html><meta http-equiv="refresh" content="0;url={link}"><title>Tunesmith</title>')
-    except OSError:
-        return link
-    return door.absolute().as_uri()
-
-
-def machine() -> str:
-    """The memory of this machine in words."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return f"{size(memory.available)} of {size(memory.total)} free"

@@ -2,12 +2,14 @@
 processes and kept in memory.
 
 A page shows the very values that the command prints with `--json`. What takes seconds goes on while the page
-waits, and a question that was answered is answered again at once, as long as its files are the same.
+waits, and a question that was answered is answered again at once, as long as its files are the same. Whoever
+asks once will ask again: the next process imports its libraries meanwhile, see spare.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import subprocess
 import tempfile
@@ -20,15 +22,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunesmith.environment import for_child, python_words
-from tunesmith.runs.atomic import from_json
+from tunesmith.runs.atomic import from_json, to_json
 from tunesmith.types import JsonObject, Record
 
 MOST_KEPT, MOST_BYTES = 64, 2**26
 """Answers that are kept, and bytes of what was printed for them."""
 AT_ONCE = 2
 """Children that work at the same time; others wait."""
-AT_ONCE_S = 0.3
-"""Seconds that a page waits for an answer before it shows that one is coming."""
+AT_ONCE_S = 0.4
+"""Seconds that the first page waits for an answer before it shows that one is coming; later ones only look."""
+SPARE = "tunesmith.serve.spare"
+SPARE_S = 120.0
+"""Without a question for so long, the spare process gives its memory back."""
 FAILED_AGE_S = 10.0  # then a failure is tried again: what it lacked may be there
 MOST_PROGRESS = 200
 BAD_INPUT = 2
@@ -59,10 +64,38 @@ class Reply:
         return ""
 
 
-class CommandRunner:
-    """Children and their answers. `close` ends those that are at work."""
+class _Child:
+    """A process with what it prints."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: Sequence[str], stdin: int = subprocess.DEVNULL) -> None:
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            words, stdin=stdin, stdout=self.out, stderr=self.err, env=for_child(), start_new_session=True
+        )
+
+    def become(self, module: str, words: Sequence[str]) -> None:
+        """Let a spare process be a command."""
+        assert self.process.stdin is not None
+        with self.process.stdin as stdin:
+            stdin.write(to_json({"module": module, "words": list(words)}) + b"\n")
+
+    def close(self) -> None:
+        """End it, if it has not ended."""
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.out, self.err):
+            if file is not None:
+                file.close()
+
+
+class CommandRunner:
+    """Children and their answers. `close` ends them."""
+
+    def __init__(self, imports: Sequence[str] = ()) -> None:
+        """`imports`: modules that a spare process imports in advance; without any there is none."""
+        self._imports = imports
+        self._spare: _Child | None = None
+        self._spare_ends = threading.Timer(0, lambda: None)
         self._answers: OrderedDict[Any, Reply] = OrderedDict()
         self._places = threading.Semaphore(AT_ONCE)
         self._lock = threading.Lock()
@@ -82,7 +115,7 @@ class CommandRunner:
                 num_bytes -= self._answers.popitem(last=False)[1].num_bytes
         if is_new:
             threading.Thread(target=self._work, args=(answer, module), daemon=True).start()
-        answer.done.wait(AT_ONCE_S)
+            answer.done.wait(AT_ONCE_S)
         return answer
 
     def close(self) -> None:
@@ -91,30 +124,56 @@ class CommandRunner:
             self._is_closed = True
             for child in self._children:
                 child.kill()
+        self.end_spare()
+
+    def _start(self, module: str, words: Sequence[str]) -> _Child:
+        """The process of a command: the spare one, where there is one. Raises OSError."""
+        with self._lock:
+            if self._is_closed:
+                raise OSError(errno.ESHUTDOWN, "the server ends")
+            child, self._spare = self._spare, None
+            if child is not None and child.process.poll() is None:
+                child.become(module, words)
+            else:
+                child = _Child([*python_words(module), *words])
+            self._children.add(child.process)
+        return child
+
+    def _prepare(self) -> None:
+        """Start the spare process, unless it is there. Raises OSError."""
+        with self._lock:
+            if self._is_closed or self._spare is not None or not self._imports:
+                return
+            self._spare = _Child([*python_words(SPARE), *self._imports], subprocess.PIPE)
+            self._spare_ends.cancel()
+            self._spare_ends = threading.Timer(SPARE_S, self.end_spare)
+            self._spare_ends.daemon = True
+            self._spare_ends.start()
+
+    def end_spare(self) -> None:
+        """Give the memory of the spare process back."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
 
     def _work(self, answer: Reply, module: str) -> None:
         try:
-            with self._places, tempfile.TemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-                answer._stderr = err
+            with self._places, contextlib.closing(self._start(module, answer.words)) as child:
+                answer._stderr = child.err
+                code = child.process.wait()
                 with self._lock:
-                    if self._is_closed:
-                        return
-                    child = subprocess.Popen(
-                        [*python_words(module), *answer.words],
-                        stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=for_child(), start_new_session=True,
-                    )  # fmt: skip
-                    self._children.add(child)
-                code = child.wait()
-                with self._lock:
-                    self._children.discard(child)
-                out.seek(0)
-                err.seek(0)
-                _take(answer, code, out.read(), err.read())
+                    self._children.discard(child.process)
+                child.out.seek(0)
+                child.err.seek(0)
+                _take(answer, code, child.out.read(), child.err.read())
         except OSError as error:
             answer.error = {"code": "OSError", "message": f"cannot be started: {error.strerror}."}
         finally:
             answer.ended = time.monotonic()
             answer.done.set()
+        with contextlib.suppress(OSError):  # then the next answer takes longer
+            self._prepare()
 
 
 def _take(answer: Reply, code: int, printed: bytes, errors: bytes) -> None:

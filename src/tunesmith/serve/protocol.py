@@ -7,6 +7,7 @@ Server and worker exchange these classes in lines of JSON, see `pack`. Never imp
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -24,7 +25,7 @@ from tunesmith.generation.requests import (
     Token,
     ToolCall,
 )
-from tunesmith.types import TaskName
+from tunesmith.types import JsonObject, TaskName
 
 __all__ = ["Delta", "Finished", "GenerationRequest", "RequestError", "Started", "StreamEvent", "Token", "ToolCall"]
 
@@ -50,6 +51,18 @@ class ModelCard:
     calls: ToolCallFormat | None = None
     sees: bool = False
     """Whether messages may have images."""
+
+    def to_ask(self, url: str, *, key: str = "") -> str:
+        """A line for a shell that asks it, with a `key`; that may be a variable of the shell."""
+        body: JsonObject = {"input": "Hello"}
+        path = {"text": "chat/completions", "embeddings": "embeddings", "labels": "classify"}[self.answers]
+        if self.answers == "text":
+            body = {"messages": [{"role": "user", "content": "Hello"}]}
+        elif self.task == "rank":
+            path, body = "rerank", {"query": "Where is my parcel?", "documents": ["It left on Monday.", "Hello"]}
+        head = f' -H "Authorization: Bearer {key}"' if key else ""
+        data = shlex.quote(orjson.dumps({"model": self.name, **body}).decode())
+        return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{head} -d {data}"
 
 
 @dataclass(frozen=True, slots=True)

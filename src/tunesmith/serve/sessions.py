@@ -23,6 +23,7 @@ from tunesmith.runs.atomic import from_json, to_json, write_atomic
 from tunesmith.serve.commands import look
 from tunesmith.serve.middleware import ApiKeys, wrong_key
 from tunesmith.serve.protocol import RequestError
+from tunesmith.types import JsonObject
 
 SESSION_S = 30 * 86_400
 MOST_SESSIONS = 100
@@ -36,8 +37,10 @@ WORKING = ("/v1/", "/ui/new", "/ui/data", "/ui/compare")
 """Paths that start processes though they are read: a page of another port leads to none."""
 ASKING = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/v1/classify", "/v1/models")
 """Paths that a key for a program opens: it asks the loaded model, and does nothing else."""
-KEY = "key "
-"""Stands in front of the digest of such a key."""
+KEY = "key {} "
+"""Stands in front of the digest of such a key, with its name."""
+OF_KEY = "by {} "
+"""Stands in front of the digest of a session that a key of the server opened, with that key's digest."""
 
 
 def _digest(text: str) -> str:
@@ -99,25 +102,48 @@ class Access:
         if self.keys is None or not self.keys.accepts(b"Bearer " + key.encode()):
             self._wrong.append(now)
             return None
-        return self._new_session()
+        return self._new_session(OF_KEY.format(_digest(key)))
 
     def new_key(self) -> str:
-        """A key for a program that asks the loaded model, good as long as a session: it is
-        sent as `Authorization: Bearer KEY`."""
-        return self._new_session(KEY)
+        """A key for a program that asks the loaded model, good as long as a session: it is sent as
+        `Authorization: Bearer KEY`, and begins with its name."""
+        name = secrets.token_hex(4)
+        return self._new_session(KEY.format(name), f"{name}-")
 
-    def _new_session(self, kind: str = "") -> str:
+    def keys_of_programs(self) -> list[JsonObject]:
+        """{name, made} of each key for a program, newest first."""
+        self._read()
+        words = [(since, name.split()) for name, since in self._sessions.items() if _is_alive(since)]
+        keys = [{"name": parts[1], "made": since} for since, parts in words if len(parts) == 3 and parts[0] == "key"]
+        return sorted(keys, key=lambda key: -key["made"])
+
+    def end_key(self, name: str) -> bool:
+        """End the key of that name for a program. Returns whether there was one. Raises RequestError 507
+        where the file cannot be written: the next server would take the key."""
+        self._read()
+        others = {known: since for known, since in self._sessions.items() if not known.startswith(KEY.format(name))}
+        had_one = len(others) < len(self._sessions)
+        try:
+            self._write(others)
+        except (StorageError, OSError) as error:
+            raise RequestError(f"{self.file}: cannot be written: {error}.", status=507, code="storage") from error
+        return had_one
+
+    def _new_session(self, kind: str = "", head: str = "") -> str:
         self._read()  # another server may have added some
-        token, now = secrets.token_urlsafe(32), time.time()
+        token = head + secrets.token_urlsafe(32)
         alive = sorted(self._sessions.items(), key=lambda item: -item[1])[: MOST_SESSIONS - 1]
-        self._sessions = {name: since for name, since in alive if now - since < SESSION_S}
-        self._sessions[kind + _digest(token)] = now
+        sessions = {name: since for name, since in alive if _is_alive(since)}
         with suppress(StorageError, OSError):  # it lives as long as this server then
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.file, to_json(self._sessions))
-            self.file.chmod(0o600)
-            self._seen = look(self.file)
+            self._write({**sessions, kind + _digest(token): time.time()})
         return token
+
+    def _write(self, sessions: dict[str, float]) -> None:
+        self._sessions = sessions
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.file, to_json(sessions))
+        self.file.chmod(0o600)
+        self._seen = look(self.file)
 
     async def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
         """See middleware.Admission."""
@@ -126,7 +152,7 @@ class Access:
         if self.keys is not None and self.keys.accepts(headers.get(b"authorization")):
             return ""
         scheme, _, bearer = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        if bearer and scheme.lower() == "bearer" and self._is_session(bearer.strip(), KEY):
+        if scheme.lower() == "bearer" and self._is_key(bearer.strip()):
             if path in ASKING or path.startswith("/v1/models/"):
                 return ""  # no browser sends it by itself
             message = "This key asks the loaded model and does nothing else. Other routes take a key of --key-file."
@@ -140,10 +166,21 @@ class Access:
             _refuse_foreign(headers)
         return ""
 
+    def _is_key(self, bearer: str) -> bool:
+        name = bearer.partition("-")[0]
+        return name.isascii() and self._is_session(bearer, KEY.format(name))
+
     def _is_session(self, token: str, kind: str = "") -> bool:
+        """Whether a session goes on; one that a key opened ends with its key."""
         self._read()
-        digest, now = kind + _digest(token), time.time()
-        return any(now - at < SESSION_S and hmac.compare_digest(name, digest) for name, at in self._sessions.items())
+        opened_by = [] if kind or self.keys is None else [OF_KEY.format(digest.hex()) for digest in self.keys.digests]
+        names = [before + _digest(token) for before in (kind, *opened_by)]
+        known = [name for name, since in self._sessions.items() if _is_alive(since)]
+        return any(hmac.compare_digest(name, other) for name in names for other in known)
+
+
+def _is_alive(since: float) -> bool:
+    return time.time() - since < SESSION_S
 
 
 def _refuse_foreign(headers: Mapping[bytes, bytes]) -> None:

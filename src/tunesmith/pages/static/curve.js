@@ -3,7 +3,6 @@
 import {failure} from "./page.js";
 
 const POINTS = 1200;
-const EVERY_MS = 2000;
 
 /** @param {HTMLElement} figure */
 function island(figure) {
@@ -53,7 +52,7 @@ function island(figure) {
       cursor: {drag: {x: true, y: false}, points: {size: 7}},
       scales: {x: {time: false, range: (_, low, high) => window_ ?? [0, Math.max(values.steps, high || 1)]}, y: {range: bounds}},
       axes: [{...axis, grid: {show: false}}, {...axis, size: 52}],
-      bands: [{series: [2, 1], fill: () => colour("--muted") + "38"}],
+      bands: [{series: [2, 1], fill: () => colour("--band")}],
       series: [
         {},
         {stroke: "transparent", points: {show: false}}, {stroke: "transparent", points: {show: false}},
@@ -127,12 +126,9 @@ function island(figure) {
   load().catch(() => {});
   let wasLive = figure.dataset.live;
   figure.addEventListener("island:fresh", () => { // the last points come with the end
-    if (wasLive && !figure.dataset.live) load().catch(() => {});
+    if (wasLive) load().catch(() => {});
     wasLive = figure.dataset.live;
   });
-  setInterval(() => {
-    if (figure.isConnected && !document.hidden && figure.dataset.live) load().catch(() => {});
-  }, EVERY_MS);
 }
 
 const taken = new WeakSet();

@@ -36,10 +36,10 @@ const morphing = {
   callbacks: {
     beforeNodeMorphed(old, fresh) {
       if (old.nodeType !== Node.ELEMENT_NODE) return true;
-      if (old.hasAttribute("data-island") && old.dataset.taken) {
-        for (const name of ["data-live"]) old.setAttribute(name, fresh.getAttribute?.(name) ?? "");
+      if (old.hasAttribute("data-island")) {
+        old.setAttribute("data-live", fresh.getAttribute?.("data-live") ?? "");
         old.dispatchEvent(new CustomEvent("island:fresh"));
-        return false;
+        return !old.dataset.taken;
       }
       if (old.hasAttribute("data-keep")) return false;
       if (old.tagName === "DETAILS" && fresh.tagName === "DETAILS") fresh.open = old.open;
@@ -55,11 +55,13 @@ function isChanged(field) {
   return field.type === "checkbox" || field.type === "radio" ? field.checked !== field.defaultChecked : field.value !== field.defaultValue;
 }
 
-let misses = 0, shown = "";
+let misses = 0, shown = "", tag = "";
 
 export async function refresh() {
-  const answer = await fetch(location.href, {headers: {"Accept": "text/html"}});
+  const answer = await fetch(location.href, {headers: {"Accept": "text/html", "If-None-Match": tag}});
+  if (answer.status === 304) return;
   if (answer.status === 401) return reload();
+  tag = answer.headers.get("ETag") ?? "";
   const text = await answer.text();
   if (answer.ok && text === shown) return;
   const fresh = new DOMParser().parseFromString(policy.createHTML(text), "text/html");
@@ -91,7 +93,7 @@ function reload() {
 /** The page after an act, whose button is off until then. */
 async function refreshAfterAct() {
   document.body.dataset.live ||= "1";
-  shown = "";
+  shown = tag = "";
   await refresh();
 }
 
@@ -124,8 +126,9 @@ async function live() {
   }
 }
 
-/** Show what needs scripts, below an element. */
+/** Show what needs scripts, below an element, and let keys reach what scrolls sideways. */
 function ready(root) {
+  for (const box of root.querySelectorAll(".scroll, .plot, pre")) if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
   for (const button of root.querySelectorAll("[data-post], [data-copy], [data-theme-toggle], [data-keys-toggle], [data-script]")) button.hidden = false;
 }
 
@@ -139,8 +142,9 @@ document.addEventListener("click", async event => {
       const values = await act(button.dataset.method ?? "POST", button.dataset.post, body);
       if (button.dataset.fill) { // a key, which is shown once
         const place = document.querySelector(button.dataset.fill);
-        place.textContent = place.textContent.replace(/Bearer [^']+/, `Bearer ${values.key}`);
+        place.textContent = place.textContent.replace(/Bearer [^"]+/, `Bearer ${values.key}`);
         button.disabled = false;
+        await refresh(); // its name is among the keys
       } else if (button.dataset.go) location.assign(button.dataset.go.replace("NAME", encodeURIComponent(values.name ?? "")));
       else await refreshAfterAct();
     } catch (error) {
@@ -177,7 +181,16 @@ function nameKeys() { if (keys) keys.textContent = areOn() ? "Keys on (?)" : "Ke
 keys?.addEventListener("click", () => { localStorage.setItem("tunesmith-keys", areOn() ? "off" : "on"); nameKeys(); });
 nameKeys();
 const PLACES = {r: "/ui/", d: "/ui/data", n: "/ui/new", c: "/ui/chat"};
+const WALKS = {n: [".group a", 1], p: [".group a", -1], j: [".reading .text", 1], k: [".reading .text", -1]};
 let first = 0;
+
+/** Give the focus to the next of the elements that a selector names, or to the one before. */
+function walk(selector, by) {
+  const stops = [...document.querySelectorAll(selector)].filter(stop => stop.checkVisibility());
+  const at = stops.indexOf(document.activeElement);
+  stops[at < 0 ? (by > 0 ? 0 : stops.length - 1) : at + by]?.focus();
+}
+
 document.addEventListener("keydown", event => {
   if (!areOn() || event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
   if (/^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || event.target.isContentEditable) return;
@@ -186,7 +199,8 @@ document.addEventListener("keydown", event => {
     if (field) { event.preventDefault(); field.focus(); }
   } else if (event.key === "g") first = event.timeStamp;
   else if (PLACES[event.key] && first && event.timeStamp - first < 1000) location.assign(PLACES[event.key]);
-  else if (event.key === "?") say("Keys: / find · g r runs · g d data · g n new run · g c chat · on a curve: arrows, + − 0");
+  else if (WALKS[event.key]) walk(...WALKS[event.key]);
+  else if (event.key === "?") say("Keys: / find · g r runs · g d data · g n new run · g c chat · n p problem · j k row · on a curve: arrows, + − 0");
 });
 
 ready(document);
