@@ -132,16 +132,18 @@ def compared(
 
 
 def _race(job: dict[str, Any], folder: Path, peer: str) -> int:
-    """Rounds in turns, the first of a round by turns too."""
-    start = _turn({**job, "settings": []}, folder, "start", sys.executable)
-    if start is None:
-        return 1
+    """Rounds in turns, the first of a round by turns too. The number of a round is the seed of its order."""
     rounds: list[dict[str, dict[str, Any]]] = []
+    start: dict[str, Any] = {}
     for number in range(job["rounds"]):
+        of_round = _turn({**job, "seed": number}, folder, "start", sys.executable, name=f"start-{number}")
+        if of_round is None:
+            return 1
+        start = start or of_round  # whose held-out prompts are those of every round
         sides = [("ours", sys.executable), ("trl", peer)]
         found = {}
         for side, python in sides if number % 2 == 0 else sides[::-1]:
-            turn = _turn({**job, **start, "seed": number}, folder, side, python, name=f"{side}-{number}")
+            turn = _turn({**job, **of_round, "seed": number}, folder, side, python, name=f"{side}-{number}")
             if turn is None:
                 return 1
             found[side] = turn
@@ -154,7 +156,7 @@ def _race(job: dict[str, Any], folder: Path, peer: str) -> int:
     for line in raced(rounds, judged):
         print(line)
     print(json.dumps({"machine": machine(), "ours": versions(), "TRL": rounds[0]["trl"]["versions"]}))
-    return int(any(change["high"] < 0 for change in judged["rounds"]))
+    return int(any(of_round["ours_less_trl"]["high"] < 0 for of_round in judged["rounds"]))
 
 
 def _round(number: int, found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -165,14 +167,16 @@ def _round(number: int, found: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def raced(rounds: Sequence[dict[str, dict[str, Any]]], judged: dict[str, Any]) -> Iterator[str]:
     """The page, in Markdown."""
-    yield "| Round | | Median step | Peak | Mean reward of the last five steps | Held-out reward |"
-    yield "|---|---|---|---|---|---|"
-    for number, found in enumerate(rounds):
+    yield "| Round | | Median step | Peak | Reward of last five steps | Held-out reward | Rose by | Ended | Tokens |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    yield f"| | untouched | | | | {_held_out(judged['untouched'], '')} |"
+    for number, (found, of_round) in enumerate(zip(rounds, judged["rounds"], strict=True)):
         for side in ("ours", "trl"):
-            turn, held = found[side], judged["rewards"][number][side]
+            turn = found[side]
             step, peak = statistics.median(turn["seconds"][WARM_UP:]), turn["peak_bytes"] / 2**30
-            last = statistics.fmean(turn["rewards"][-5:])
-            yield f"| {number} | {side} | {step:.1f} s | {peak:.2f} GiB | {last:.3f} | {held:.3f} |"
+            last, held = statistics.fmean(turn["rewards"][-5:]), of_round[side]
+            taught = _held_out(held, _interval(held["rose"]))
+            yield f"| {number} | {side} | {step:.1f} s | {peak:.2f} GiB | {last:.3f} | {taught} |"
     ratios = {
         "steps a minute": [
             statistics.median(found["trl"]["seconds"][WARM_UP:]) / statistics.median(found["ours"]["seconds"][WARM_UP:])
@@ -182,6 +186,14 @@ def raced(rounds: Sequence[dict[str, dict[str, Any]]], judged: dict[str, Any]) -
     }
     for name, values in ratios.items():
         yield f"{name}, ours over TRL's: {', '.join(f'{value:.2f}' for value in values)}"
-    for number, change in enumerate(judged["rounds"]):
-        interval = f"{change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
-        yield f"round {number}: held-out reward, ours less TRL's: {interval}, paired over prompts"
+    for number, of_round in enumerate(judged["rounds"]):
+        difference = _interval(of_round["ours_less_trl"])
+        yield f"round {number}: held-out reward, ours less TRL's: {difference}, paired over prompts"
+
+
+def _held_out(measures: dict[str, Any], rose: str) -> str:
+    return f"{measures['reward']:.3f} | {rose} | {measures['ended']:.0%} | {measures['answer_tokens']:.1f}"
+
+
+def _interval(difference: dict[str, float]) -> str:
+    return f"{difference['value']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})"

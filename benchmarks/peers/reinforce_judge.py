@@ -1,5 +1,5 @@
-"""The judge of `python -m benchmarks reinforce --beside trl`: draws answers of each result to held-out prompts, with
-the same random numbers, and grades them.
+"""The judge of `python -m benchmarks reinforce --beside trl`: draws answers of the untouched model and of each
+result to held-out prompts, with the same random numbers, and grades them.
 
 python reinforce_judge.py JOB.json RESULT.json
 """
@@ -16,7 +16,9 @@ SAMPLES = 4
 
 
 def judge(job: dict[str, Any]) -> dict[str, Any]:
-    """RESULT.json: {"rewards": mean of each side in each round, "rounds": ours less TRL's, paired over prompts}."""
+    """RESULT.json: {"untouched": measures, "rounds": of each {"ours" and "trl": measures, with "rose", the reward less
+    the untouched model's; "ours_less_trl": reward}}. Measures are means over prompts: reward, ended, answer_tokens.
+    Differences are {"value", "low", "high"}, paired over prompts."""
     import torch
 
     from tunesmith.evaluation.compare import compare_rows
@@ -35,16 +37,18 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
     model, adapters = loaded.model, AdapterSet(loaded.model)
     how = Draw.of(loaded.renderer, num=SAMPLES, temperature=1.0, max_new_tokens=job["max_new_tokens"], streams=32)
 
-    def results(folder: str, pool: Pool) -> list[dict[str, Any]]:
-        paths = {
-            layer: LowRankPath(a_RI, b_OR, scale).to(model.device, model.dtype)
-            for layer, (a_RI, b_OR, scale) in read_low_rank(Path(folder)).items()
-        }
-        adapters.put("result", paths)
+    def results(folder: str | None, pool: Pool) -> list[dict[str, Any]]:
+        """Of the adapter in a folder; None: of the untouched model."""
+        if folder is not None:
+            paths = {
+                layer: LowRankPath(a_RI, b_OR, scale).to(model.device, model.dtype)
+                for layer, (a_RI, b_OR, scale) in read_low_rank(Path(folder)).items()
+            }
+            adapters.put("result", paths)
         with decoding(model):
             answers = draw_answers(
                 BatchedDecoder(model, adapters), [row["ids"] for row in held], list(range(len(held))), how,
-                adapter="result",
+                adapter=None if folder is None else "result",
             )  # fmt: skip
         rows = []
         for number, (row, of_row) in enumerate(zip(held, answers, strict=True)):
@@ -59,16 +63,31 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
                 rows.append(result)
         return rows
 
-    rewards, rounds = [], []
+    rounds = []
     with Pool(schema.load(job["grader"])) as pool:
+        untouched = results(None, pool)
         for of_round in job["adapters"]:
-            found = {side: results(folder, pool) for side, folder in of_round.items()}
-            rewards.append({
-                side: sum(sum(row["answer_rewards"]) / len(row["answer_rewards"]) for row in rows) / len(rows)
-                for side, rows in found.items()
-            })  # fmt: skip
-            rounds.append(compare_rows(found["trl"], found["ours"]).metrics["reward"].b_minus_a)
-    return {"rewards": rewards, "rounds": rounds}
+            rows = {side: results(folder, pool) for side, folder in of_round.items()}
+            sides = {
+                side: {**_measures(of_side), "rose": _reward(compare_rows(untouched, of_side))}
+                for side, of_side in rows.items()
+            }
+            rounds.append({**sides, "ours_less_trl": _reward(compare_rows(rows["trl"], rows["ours"]))})
+    return {"untouched": _measures(untouched), "rounds": rounds}
+
+
+def _measures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    rewards = [sum(row["answer_rewards"]) / len(row["answer_rewards"]) for row in rows]
+    columns = {
+        "reward": rewards,
+        "ended": [row["ended"] for row in rows],
+        "answer_tokens": [row["tokens"] for row in rows],
+    }
+    return {name: sum(values) / len(values) for name, values in columns.items()}
+
+
+def _reward(comparison: Any) -> dict[str, float]:
+    return dict(comparison.metrics["reward"].b_minus_a)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
     from tunesmith.training import trainer
 
     folder = Path(job["folder"])
-    tuned = trainer.train(recipe_of(job), root=folder / "runs", out=folder / f"run-{job['name']}")
+    # The judge measures the held-out prompts of both sides; the run itself measures few.
+    tuned = trainer.train(recipe_of(job, held_rows=4), root=folder / "runs", out=folder / f"run-{job['name']}")
     steps = [event for event in tuned.events() if event.kind == "step"]
     return {
         "seconds": [event.timing["seconds"] for event in steps],

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
 
 
-def recipe_of(job: dict[str, Any]) -> Recipe:
-    """What is trained."""
+def recipe_of(job: dict[str, Any], *, held_rows: int | None = None) -> Recipe:
+    """What is trained. `held_rows`: most held-out prompts that the run itself measures; None: all."""
     from tunesmith.recipe.load import validate
 
     return validate({
@@ -28,7 +28,7 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
         "optim": {"lr": job["lr"], "schedule": "constant", "warmup": 0},
         "train": {"rows_per_step": job["rows_per_step"], "max_steps": job["steps"], "epochs": 99},
         "reinforce": {"grader": job["grader"], "samples": job["samples"], "max_new_tokens": job["max_new_tokens"]},
-        "evaluation": {"samples": 0, "general": False, "every": None},
+        "evaluation": {"samples": 0, "general": False, "every": None, "max_rows": held_rows},
     })  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
     from tunesmith.training.setup import prepare
 
     folder = Path(job["folder"])
-    save_base(job["model"], folder / "base")
+    if not (folder / "base").exists():
+        save_base(job["model"], folder / "base")
     setup = prepare(recipe_of(job), root=folder / "start-runs", offline=True)
     assert setup.drawing is not None, "task reinforce"
     prompts = setup.drawing.prompts

@@ -42,11 +42,14 @@ def test_a_difference_of_losses_or_gradients_is_not_passed_over():
 def test_a_race_is_told_round_by_round():
     turn = {"seconds": [9.0, 2.0, 2.0], "peak_bytes": 2**30, "rewards": [0.1] * 5}
     other = {"seconds": [9.0, 5.0, 5.0], "peak_bytes": 2**31, "rewards": [0.2] * 5}
-    judged = {"rewards": [{"ours": 0.9, "trl": 0.8}], "rounds": [{"value": 0.1, "low": -0.1, "high": 0.3}]}
+    held = {"reward": 0.9, "ended": 1.0, "answer_tokens": 9.0, "rose": {"value": 0.4, "low": 0.3, "high": 0.5}}
+    of_round = {"ours": held, "trl": {**held, "reward": 0.8}, "ours_less_trl": {"value": 0.1, "low": -0.1, "high": 0.3}}
+    judged = {"untouched": {"reward": 0.5, "ended": 0.25, "answer_tokens": 30.0}, "rounds": [of_round]}
     lines = list(raced([{"ours": turn, "trl": other}], judged))
     assert lines[2:] == [
-        "| 0 | ours | 2.0 s | 1.00 GiB | 0.100 | 0.900 |",
-        "| 0 | trl | 5.0 s | 2.00 GiB | 0.200 | 0.800 |",
+        "| | untouched | | | | 0.500 |  | 25% | 30.0 |",
+        "| 0 | ours | 2.0 s | 1.00 GiB | 0.100 | 0.900 | +0.400 (+0.300 to +0.500) | 100% | 9.0 |",
+        "| 0 | trl | 5.0 s | 2.00 GiB | 0.200 | 0.800 | +0.400 (+0.300 to +0.500) | 100% | 9.0 |",
         "steps a minute, ours over TRL's: 2.50",
         "peak memory, ours over TRL's: 0.50",
         "round 0: held-out reward, ours less TRL's: +0.100 (-0.100 to +0.300), paired over prompts",

@@ -48,6 +48,11 @@ def test_losses_that_are_odd(after: float, trained: float, word: str) -> None:
     assert words("chat", events) == [word]
 
 
+def test_the_loss_of_drawn_answers_is_not_compared_with_rewards() -> None:
+    events = [evaluation("before", -0.2), *steps(*[0.01] * 16), evaluation("after", -0.9)]
+    assert words("reinforce", events) == []
+
+
 def test_a_training_loss_with_additions_is_above_the_held_out_one() -> None:
     events = [evaluation("before", 2.4), *steps(*[3.4] * 16), evaluation("after", 2.0)]
     assert words("chat", events) == ["held-out-better-than-training"]

@@ -29,7 +29,8 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss
     measured = {event.values["name"]: event.values for event in events if event.kind == "evaluation"}
     held = {name: float(values["loss"]) for name, values in measured.items()}
     before, after = held.get("before"), held.get("after")
-    if not TASKS[task].samples and before is not None and after is not None and after >= before:
+    same_measure = not TASKS[task].samples  # the loss of drawn answers is no measure of how good they are
+    if same_measure and before is not None and after is not None and after >= before:
         losses = f"{before:.4f} before, {after:.4f} after"
         measures = [measured[name].get("measures", {}) for name in ("before", "after")]
         right = [values.get("accuracy", {}).get("value", 0.0) for values in measures]
@@ -40,7 +41,7 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss
         return
     of_step = {event.step: float(event.values["loss"]) for event in events if event.kind == "step"}
     tail = [of_step[step] for step in sorted(of_step)][-max(FEWEST, len(of_step) // 4) :]
-    if after is not None and len(tail) >= FEWEST:
+    if same_measure and after is not None and len(tail) >= FEWEST:
         yield from _apart(sum(tail) / len(tail), after, is_plain=loss == PLAIN_LOSS)
     yield from _endless(
         [event.values for event in events if event.kind == "sample" and event.values["name"] == "after"]
