@@ -13,7 +13,7 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 ROOMS = {
     "api, types, errors, …": (1_715, "the Python interface, the types that travel, images too, errors, ways out"),
     "cli": (4_750, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_410, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "data": (10_420, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
@@ -31,7 +31,7 @@ ROOMS = {
     "optim": (450, "optimizers and schedules"),
     "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_810, "defaults with reasons; memory, time, disk"),
+    "planning": (1_815, "defaults with reasons; memory, time, disk"),
     "recipe": (1_940, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
