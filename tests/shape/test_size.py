@@ -31,7 +31,7 @@ ROOMS = {
     "optim": (450, "optimizers and schedules"),
     "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_815, "defaults with reasons; memory, time, disk"),
+    "planning": (1_810, "defaults with reasons; memory, time, disk"),
     "recipe": (1_940, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
