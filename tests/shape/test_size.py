@@ -13,7 +13,7 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 ROOMS = {
     "api, types, errors, …": (1_675, "the Python interface, the types that travel, images too, errors, ways out"),
     "cli": (4_760, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_435, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "data": (10_445, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (

@@ -1,6 +1,7 @@
 """Runs on rows with images: what is trained, repeated, kept and refused."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +12,21 @@ import torch
 from safetensors.torch import load_file
 
 from often import slow
-from tiny_run import same_run, stopped
+from tiny_run import same_run, stop_at, stopped
 from tiny_vision import picture, png, questions, vision_recipe
-from tunesmith.errors import DataError, RecipeError, RunError
+from tunesmith.errors import DataError, RecipeError, RunError, Stopped
 from tunesmith.generation.padded import generate
+from tunesmith.models import image_features
 from tunesmith.models.forward import logits_at_targets
-from tunesmith.models.image_features import kept_vectors
+from tunesmith.models.image_features import KeptVectors, kept_vectors
 from tunesmith.planning.decisions import Decisions
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import DataFile, Recipe
 from tunesmith.runs.folder import runs
 from tunesmith.training.image_parts import decide_seeing
 from tunesmith.training.setup import prepare
-from tunesmith.training.trainer import resume, train
+from tunesmith.training.step import compute_gradients
+from tunesmith.training.trainer import Listener, resume, train
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,45 @@ def test_stopped_and_resumed_is_the_same_run(sections: Any, tmp_path: Path) -> N
     straight = train(vision_recipe(tmp_path / "a", **sections), root=tmp_path / "straight")
     run = stopped(vision_recipe(tmp_path / "a", **sections), tmp_path / "stopped", at=2)
     same_run(resume(run), straight)
+
+
+def test_a_run_is_the_same_with_nothing_kept_of_the_tower(finished: Any, tmp_path: Path) -> None:
+    """Kept vectors are off until it is stopped, and emptied after each step from then on: the same bits."""
+    kept: list[KeptVectors] = []
+
+    def forget(event: Any, *, room: int | None) -> None:
+        kept[:] = image_features._KEPT.values()
+        for vectors in kept:
+            vectors.entries.clear()
+            vectors.room = vectors.room if room is None else room
+
+    stopping, off = stop_at(2), partial(forget, room=0)
+    listener = Listener(lambda event: (stopping.on_event(event), off(event)), should_stop=stopping.should_stop)
+    with pytest.raises(Stopped):
+        train(finished.recipe(), root=tmp_path, listener=listener)
+    (run,) = runs(tmp_path)
+    same_run(resume(run, listener=Listener(on_event=partial(forget, room=None))), finished)
+    assert max(vectors.computed for vectors in kept) > 6, "each image was computed once all the same"
+
+
+def test_the_tower_itself_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        setup = prepare(
+            vision_recipe(tmp_path, method={"name": "full", "train": ["language", "projector", "vision"]}),
+            root=tmp_path / "runs",
+        )
+        compute_gradients(setup, setup.sampler, 1)
+        setup.attachment.collect_gradients()
+        grads = {name: weight.grad for name, weight in setup.attachment.trained.items()}
+        for ending in ("patch_embedding.weight", "layers.0.self_attn.q_proj.weight", "linear_1.weight"):
+            (grad,) = (grad for name, grad in grads.items() if "language" not in name and name.endswith(ending))
+            assert grad is not None
+            assert grad.any()
+
+    check()
+    monkeypatch.setattr(image_features, "_together", torch.no_grad()(image_features._together))
+    with pytest.raises(AssertionError):
+        check()
 
 
 def batch_of(setup: Any, *members: int) -> Any:

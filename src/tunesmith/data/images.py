@@ -46,6 +46,9 @@ _MIME = {b"\xff\xd8": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp"}
 _SMALL = 8
 """A JPEG is decoded at an eighth of its sides where only its soundness is in question."""
 _AGAIN = "Copy or save it again, or remove the row."
+MOST_ASPECT = 200
+"""Times its shorter side that an image's longer one may have. A processor that scales the shorter side, as CLIP's to
+336 pixels, would make gigabytes of a line of 1 × 4,000; Qwen's refuses more than this itself."""
 _THUMBNAIL = 160
 """Longest side, in pixels."""
 _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, EOFError, MemoryError)
@@ -115,6 +118,9 @@ def look_at(image: ImageRef, folder: Path, limits: Limits) -> ImageRef:
         if width * height > limits.image_pixels:
             message = f"it has {width:,} × {height:,} pixels; data.limits.image_pixels is {limits.image_pixels:,}."
             raise BadImage("image_too_large", message, "Make it smaller, or raise the limit.")
+        if max(width, height) > MOST_ASPECT * min(width, height):
+            message = f"it has {width:,} × {height:,} pixels: a side is more than {MOST_ASPECT} times the other."
+            raise BadImage("image_shape", message, "Cut it into several images, or remove the row.")
         if _orientation(picture) >= 5:
             width, height = height, width
     return replace(image, sha256=hashlib.sha256(content).hexdigest(), width=width, height=height)
@@ -252,16 +258,19 @@ def _as_rgb(picture: Image) -> Image:
     """Transparent places on white: `convert` shows what lies under them. 16 bits scaled: `convert` clips them."""
     from PIL import Image as pillow
 
+    if picture.mode.startswith("I"):
+        import numpy as np
+
+        values_HW = np.asarray(picture).astype(np.uint32)
+        scaled_HW = (values_HW >> 8).clip(0, 255).astype(np.uint8)
+        if "transparency" in picture.info:  # one value is
+            scaled_HW[values_HW == picture.info["transparency"]] = 255
+        return pillow.fromarray(scaled_HW).convert("RGB")
     if picture.has_transparency_data:
         seen = picture.convert("RGBA")
         shown = pillow.new("RGB", seen.size, (255, 255, 255))
         shown.paste(seen, mask=seen.getchannel("A"))
         return shown
-    if picture.mode.startswith("I"):
-        import numpy as np
-
-        values_HW = np.asarray(picture).astype(np.uint32)
-        return pillow.fromarray((values_HW >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     return picture.convert("RGB")
 
 
