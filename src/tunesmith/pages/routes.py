@@ -198,7 +198,7 @@ def _add_runs(router: APIRouter, site: Site) -> None:
 
 
 def _tag(run: Run) -> str:
-    """The same for as long as the page of a run at work need not be drawn anew: a request to stop is seen at once,
+    """A tag that stays while the page of a run at work need not be drawn anew: a request to stop is seen at once,
     and steps every `LIVE_S`, since whoever looks on must not slow the run. Empty for a run that is not at work."""
     return f'"{run.stop_asked():d}-{time.monotonic() // LIVE_S:.0f}"' if run.is_locked() else ""
 

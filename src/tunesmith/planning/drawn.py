@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from tunesmith.graders import schema
 from tunesmith.graders.pool import IN_CHILDREN, JUDGED_AT_ONCE
@@ -54,7 +54,7 @@ def draws_of(recipe: Recipe) -> Draws | None:
 
 def grade_seconds(grader: Any) -> float:
     """Seconds that a grade takes of a run, by the types of the grader; what a reward run reads comes besides."""
-    each: dict[type[Any], float] = dict.fromkeys(IN_CHILDREN, CODE_S)
+    each: dict[type[Any], float] = dict.fromkeys(get_args(IN_CHILDREN), CODE_S)
     each |= {schema.UnitTests: TESTS_S, schema.ScoreModel: JUDGE_S / JUDGED_AT_ONCE}
     return sum(each.get(type(part), 0.0) for part in schema.parts_of(grader).values())
 
