@@ -275,7 +275,7 @@ def _why_not(resolved: Any, *, fits: bool) -> str:
 
     if not fits:
         return "it does not fit"
-    if resolved.rows.is_prompts and _has_judge(resolved.recipe):
+    if resolved.rows.is_prompts and _has_judge(resolved.recipe.grader_at):
         return "its grader calls a judge at an address, which a plan does not: --set train.max_steps=2 tries two steps"
     located = resolved.inputs.located
     if located.has_weights:
@@ -284,10 +284,10 @@ def _why_not(resolved: Any, *, fits: bool) -> str:
     return f"its weights ({size(num_bytes)}) are not downloaded yet; train does that"
 
 
-def _has_judge(recipe: Recipe) -> bool:
+def _has_judge(grader: str) -> bool:
     from tunesmith.graders import schema
 
-    parts = schema.parts_of(schema.load(recipe.grader_at))
+    parts = schema.parts_of(schema.load(grader))
     return any(isinstance(part, schema.ScoreModel) for part in parts.values())
 
 

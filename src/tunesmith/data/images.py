@@ -199,7 +199,7 @@ def _orientation(picture: Image) -> int:
 
 
 def check_whole(image: ImageRef) -> list[tuple[str, str]]:
-    """(code, message) of what is changed for the model. Decodes the image; raises `BadImage` where it is damaged."""
+    """(code, message) of what is changed for the model. Decodes the image; raises `BadImage` for a damaged one."""
     with _opened(_bytes_of(image)) as picture:
         turn, mode = _orientation(picture), picture.mode
         has_alpha = picture.has_transparency_data
@@ -217,7 +217,7 @@ def check_whole(image: ImageRef) -> list[tuple[str, str]]:
 
 
 def pixels_of(image: ImageRef) -> Image:
-    """The image as RGB, turned, on white, of 8 bits. Raises `DataError` where it is not what rows were encoded with."""
+    """The image as RGB, turned, on white, of 8 bits. Raises `DataError` where it is another one by now."""
     try:
         with _opened(_bytes_of(image)) as picture:
             turn = _TURNS.get(_orientation(picture))
@@ -255,7 +255,7 @@ def _bytes_of(image: ImageRef) -> bytes:
 
 
 def _as_rgb(picture: Image) -> Image:
-    """Transparent places on white: `convert` shows what lies under them. 16 bits scaled: `convert` clips them."""
+    """Transparent places on white: `convert` shows what is under them. 16 bits scaled: `convert` clips."""
     from PIL import Image as pillow
 
     if picture.mode.startswith("I"):

@@ -43,7 +43,7 @@ from tunesmith.types import BatchImage
 KEPT_BYTES = 128 * 1024**2
 """Most that vectors of images fill while answers are decoded: keys and values may fill the rest of a server."""
 PROBES = ((37, 23), (11, 5), (64, 40))
-"""Length of each probe text, and of its part that is read as a prompt; the rest is read as if it were written."""
+"""Length of each probe text, and of its part that is read as a prompt; the rest is read as if written."""
 _MODEL_ERRORS = (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, LookupError)
 """A model that cannot be called in this way raises any of these."""
 PromptPart = tuple[SequenceSlot, Sequence[int]]
@@ -263,7 +263,7 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 
 
 def why_not_batched(model: PreTrainedModel, adapters: AdapterSet) -> str:
-    """The reason why sequences of this model cannot be decoded together by a `BatchedDecoder`; "" if they can."""
+    """The reason why a `BatchedDecoder` cannot decode sequences of this model together; "" if it can."""
     if model.config.is_encoder_decoder:
         return "it is an encoder–decoder"
     return recurrent_layer(model) or why_unlike(BatchedDecoder, model, adapters)

@@ -90,7 +90,7 @@ def draw_answers(
     adapter: str | None = None,
     on_answers: Callable[[int, Sequence[DrawnAnswer]], None] = lambda prompt, answers: None,
 ) -> list[list[DrawnAnswer]]:
-    """`settings.num` answers to each prompt, token ids. The answers to a prompt follow from its seed, whatever else is
+    """`settings.num` answers to each prompt, token ids. They follow from the seed of the prompt, whatever else is
     drawn. `adapter`: its name in the decoder's set; None: the model as it is. `on_answers` gets the number of a
     prompt and its answers as soon as all of them have ended.
 

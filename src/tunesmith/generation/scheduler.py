@@ -295,7 +295,8 @@ def _begin(request: PreparedRequest, index: int, slot: SequenceSlot) -> _Answer:
     sampler = Sampler(request.sampling, index=index, grammar=grammar, keeps=request.keeps)
     num_written = 0 if request.resumed is None else request.resumed.written
     start = len(request.prompt) - num_written
-    text = StreamingDecoder(request.tokenizer, request.prompt[:start], stops=request.sampling.stop, strip=request.strip)
+    stops = request.sampling.stop
+    text = StreamingDecoder(request.tokenizer, request.prompt[:start], stops=stops, strip=request.strip)
     for token_id in request.prompt[start:]:
         text.add(token_id)
     return _Answer(request, index, sampler, text, slot, num_tokens=num_written)

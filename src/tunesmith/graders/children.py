@@ -123,7 +123,8 @@ class _Child:
         if kind != "died":
             return ""
         size = os.fstat(self._log.fileno()).st_size
-        lines = os.pread(self._log.fileno(), 1000, max(0, size - 1000)).decode("utf-8", "replace").strip().splitlines()
+        end = os.pread(self._log.fileno(), 1000, max(0, size - 1000)).decode("utf-8", "replace")
+        lines = end.strip().splitlines()
         return f"; it printed last: {lines[-1]}" if lines else ""
 
     def end(self) -> None:

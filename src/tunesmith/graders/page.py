@@ -15,7 +15,7 @@ from tunesmith.graders.grade import FAILURES
 from tunesmith.graders.trial import PLAYED
 from tunesmith.graders.verdict import Verdict, lines_of
 from tunesmith.phrases import plural
-from tunesmith.types import REWARD_KEY, Record
+from tunesmith.types import REWARD_KEY, JsonObject, Record
 from tunesmith.version import __version__
 
 
@@ -51,9 +51,8 @@ def _rewards(values: Record) -> Iterator[Block | Table]:
 def _histogram(kind: str, entry: Record) -> Plot:
     def paint(axes: Any) -> None:
         edges = np.array(entry["edges"])
-        axes.bar(
-            edges[:-1], entry["counts"], width=np.diff(edges), align="edge", color=ACCENT, alpha=0.55, edgecolor=PAPER
-        )
+        look: JsonObject = {"color": ACCENT, "alpha": 0.55, "edgecolor": PAPER}
+        axes.bar(edges[:-1], entry["counts"], width=np.diff(edges), align="edge", **look)
         axes.set(xlabel=REWARD_KEY, ylabel="answers")
         axes.grid(visible=False, axis="x")
 

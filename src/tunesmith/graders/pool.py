@@ -27,7 +27,7 @@ MOST_REWARD = 1e30
 """Sums of larger ones end."""
 _CODE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 IN_CHILDREN = schema.CodeGrader | schema.Regex | schema.JsonSchema
-"""Code, and what a regular expression can keep busy for ever; where processes fork, also what long texts can."""
+"""Code, and what a pattern can keep busy for ever; where processes fork, also what long texts can."""
 
 
 class Scorer(Protocol):
@@ -86,7 +86,8 @@ class Pool:
         coded = [name for name in self.children if isinstance(self._parts[name], IN_CHILDREN)]
         files = {name: sorted(self.children[name].files.values()) for name in coded}
         runs = {name: dict(scorer.identity) for name, scorer in self._scorers.items()}
-        self.identity = _digest([without_places(grader.model_dump(mode="json")), files, *([runs] if runs else [])])
+        described = without_places(grader.model_dump(mode="json"))
+        self.identity = _digest([described, files, *([runs] if runs else [])])
         """SHA-256 of the grader, of the files of its code and of its reward runs, wherever these are."""
 
     def __enter__(self) -> Pool:

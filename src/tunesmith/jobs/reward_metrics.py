@@ -19,12 +19,13 @@ def of_step(run_event: Event) -> JsonObject:
     """Metrics of a step. Answers have no tokens of reasoning apart; what is not measured is left out."""
     values, timing = run_event.values, run_event.timing
     scores = [{"name": name, "train_reward_mean": mean} for name, mean in values.get("scores", {}).items()]
-    seconds = {"sampling": timing.get("draw"), "grading": timing.get("grade"), "full_iteration": timing.get("seconds")}
+    names = {"sampling": "draw", "grading": "grade", "full_iteration": "seconds"}
+    seconds = {theirs: timing[ours] for theirs, ours in names.items() if timing.get(ours) is not None}
     return {
         **_row(run_event),
         "scores": {"train_reward_mean": values[REWARD_KEY], "graders": scores},
         "errors": {f"train_{name}_count": num for name, num in _errors(values).items()},
-        "timing": {"step": {name: value for name, value in seconds.items() if value is not None}},
+        "timing": {"step": seconds},
     }
 
 

@@ -1,4 +1,4 @@
-"""The values behind the pages as JSON, and all that a page may do: routes of `/v1` that a program can use too."""
+"""The values behind the pages as JSON, and all that a page may do: routes of `/v1`, for programs too."""
 
 from __future__ import annotations
 

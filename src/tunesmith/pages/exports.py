@@ -1,4 +1,4 @@
-"""Exports that pages start: `tunesmith export` in a process of its own, and all exports of a run with their proof."""
+"""Exports that pages start, by `tunesmith export` in a process of its own, and all of a run with their proof."""
 
 from __future__ import annotations
 
@@ -71,5 +71,5 @@ def _export(run: Run, place: Path) -> JsonObject:
         return row | {"state": "making", "error": None}
     if row["check"] is None and error is None and printed.get("kind") != "export":
         error = {"message": ENDED}
-    state = "done" if row["check"] is not None else "failed" if error else ""  # "": it was made, and moved away since
+    state = "done" if row["check"] is not None else "failed" if error else ""  # "": it was moved away since
     return row | {"state": state, "error": error}

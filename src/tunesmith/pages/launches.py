@@ -38,7 +38,7 @@ class Wanted:
     """Options by key, as they were typed."""
 
     def words(self) -> list[str]:
-        """The words after `tunesmith train` and `plan`. Raises RequestError for what would be read as an option."""
+        """The words after `tunesmith train` and `plan`. Raises RequestError for what reads as an option."""
         for name, value in (("model", self.model), ("data", self.data)):
             if not value.strip() or value.startswith("-") or "\0" in value:
                 raise RequestError(f"{name}: {value[:100]!r}: name one that is here.", param=name)
@@ -96,7 +96,7 @@ def stop_starting(run: Path) -> JsonObject:
 
 
 def start_process(run: Path, words: Sequence[str], *, says: bool = False) -> None:
-    """Start a command that is known by files next to `run`. Raises RequestError: 409 where one works already."""
+    """Start a command that is known by files next to `run`. Raises RequestError 409 where one works."""
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
         start_child(run, "tunesmith", words, WHOLE_CARD, says=says)

@@ -46,7 +46,7 @@ class FollowedLog:
             if self.is_damaged:
                 return self
             self.problem = ""
-            self.series.steps = dict(self.series.steps)  # who draws a curve at this moment goes on with the old one
+            self.series.steps = dict(self.series.steps)  # who draws a curve now keeps the old one
             try:
                 for event in self._tail.read():
                     self.series.add(event)
@@ -96,7 +96,7 @@ class LiveRuns:
         """The run of that name; None: there is none. A name leads nowhere but into the folder of runs."""
         if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
             return None
-        with suppress(OSError, UnicodeError):  # a folder that may not be read, or a name that no address can hold
+        with suppress(OSError, UnicodeError):  # no right to read it, or a name that no address can hold
             name.encode()
             return Run(self.root / name) if (self.root / name / "run.json").is_file() else None
         return None

@@ -1,4 +1,4 @@
-"""Data files and models below one folder of this machine: listed, looked up by name, and received from a browser."""
+"""Data files and models below one folder of this machine: listed, found by name, and received from browsers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BEFORE = 2
 
 
 def row_address(places: Mapping[str, str], source: str) -> str:
-    """The address of a row in Data by its source, FILE:LINE; empty for a file that is not of `LocalFiles.places`."""
+    """The address of a row in Data by its source, FILE:LINE; empty for a file that is not in `places`."""
     match = _SOURCE.match(source)
     name = places.get(os.path.abspath(match["path"])) if match else None
     if match is None or name is None:

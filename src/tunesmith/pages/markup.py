@@ -1,4 +1,4 @@
-"""Pages from templates. Every text that is put in goes through `visible` and is escaped, unless it is Markup."""
+"""Pages from templates. Every text in them goes through `visible` and is escaped, unless it is Markup."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def error_page(request: Request, error: RequestError) -> Response:
 
 
 def asset(name: str) -> str:
-    """The address of a file of `static`, which changes with the content of any of them: they import each other."""
+    """The address of a file of `static`, which changes with any of them: they import each other."""
     return f"/ui/static/{_static()[0]}/{name}"
 
 

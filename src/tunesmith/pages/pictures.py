@@ -114,7 +114,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def _bounds(losses: Sequence[float], held_out: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest loss of the picture, without the few highest of training, which would flatten it."""
+    """The lowest and the highest loss of the picture; the few highest of training would flatten it."""
     ordered = sorted(losses)
     low, high = ordered[0], max([ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))], *held_out])
     room = 0.06 * (high - low) or 0.5

@@ -24,7 +24,7 @@ _STYLE = re.compile(r' style="([^"]*)"')
 
 
 def sections_of(run: Run, files: LocalFiles) -> JsonObject:
-    """{summary, sections: [{name, title, html}]} of a finished run, its rows linked to Data. Raises RunError."""
+    """{summary, sections: [{name, title, html}]} of a finished run, with links to its rows. Raises RunError."""
     page = make_page(run, RunSeries.of(run.events()), kept_report(run))
     template = block_template(partial(row_address, files.places()))
     draw = template.module.draw  # type: ignore[attr-defined]
@@ -36,7 +36,7 @@ def sections_of(run: Run, files: LocalFiles) -> JsonObject:
 
 
 def without_styles(html: str) -> str:
-    """The HTML with the style of each element of a drawing as attributes: a page allows no style of an element."""
+    """The HTML with styles of elements as attributes: a page allows no style of an element."""
 
     def attributes(match: re.Match[str]) -> str:
         rules = [rule.partition(":") for rule in match[1].split(";") if ":" in rule]

@@ -99,7 +99,7 @@ def _login(request: Request, site: Site, *, back: str, status: int, message: str
 
 
 def _entered(request: Request, site: Site, token: str, back: str) -> Response:
-    """A small page that goes on by itself: a cookie that is strict is not sent along a redirect from elsewhere."""
+    """A small page that goes on by itself: a strict cookie is not sent along a redirect from elsewhere."""
     answer = page(request, "opened.html", back=back if back.startswith("/ui/") else "/ui/")
     scheme = request.headers.get("x-forwarded-proto") or request.headers.get("origin") or request.url.scheme
     secure = scheme.strip().lower().startswith("https")  # also behind a proxy that speaks https for this server

@@ -47,7 +47,7 @@ class Site:
 
     @contextmanager
     def room_for_one(self) -> Iterator[None]:
-        """A block that starts a run while no other starts one. Raises RequestError 409 where too many are at work."""
+        """A block in which no other run is started. Raises RequestError 409 where too many are at work."""
         with self._starting:
             if (num_working := len(self.run_list.at_work())) >= MOST_AT_ONCE:
                 message = f"{num_working} runs are at work, each with a model in memory. Wait, or use a terminal."

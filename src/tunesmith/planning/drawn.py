@@ -14,11 +14,11 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS
 
 CODE_S, TESTS_S, JUDGE_S = 2e-3, 0.2, 2.0
-"""Seconds of a grade by code in a process that runs, by tests in new ones, and of a judge's reply: taken until a
-grader is tried."""
+"""Seconds of a grade by code in a process that runs, by tests in new ones, and of a judge's reply, until a grader
+is tried."""
 DIVERGENCE_MOVED, LIST_MOVED = 16, 8
-"""Times that the logits of a target are read or written in float32 where they are compared with a teacher's, and
-where the likeliest of them are listed."""
+"""Times that the logits of a target are read or written in float32 where they are compared with a teacher's,
+and where the likeliest of them are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Draws:
     """Steps that learn from a draw."""
 
     def words(self, answers: int | None = None) -> int:
-        """Tokens that are written one after the other for so many answers, for a draw's: each as long as it may be."""
+        """Tokens that are written one after the other for so many answers, or a draw's, of full length."""
         num = self.answers if answers is None else answers
         return self.new_tokens * -(-num // self.streams)
 
@@ -53,7 +53,7 @@ def draws_of(recipe: Recipe) -> Draws | None:
 
 
 def grade_seconds(grader: Any) -> float:
-    """Seconds that a grade takes of a run, by the types of the grader; what a reward run reads comes besides."""
+    """Seconds that a grade takes of a run, by the types of the grader; the reading of a reward run is apart."""
     each: dict[type[Any], float] = dict.fromkeys(get_args(IN_CHILDREN), CODE_S)
     each |= {schema.UnitTests: TESTS_S, schema.ScoreModel: JUDGE_S / JUDGED_AT_ONCE}
     return sum(each.get(type(part), 0.0) for part in schema.parts_of(grader).values())
@@ -78,7 +78,7 @@ class Prices:
 
     @classmethod
     def of(cls, sizes: Sizes, device: Device, *, word: float, read: float, others: int, grade: float) -> Prices:
-        """`others`: bytes of the weights of other models, whose tokens cost as the model's do, by their weights."""
+        """`others`: bytes of other models' weights, whose tokens cost as the model's do, by their weights."""
         met = sizes.linear_weights + sizes.hidden * sizes.outputs
         by_others = read * others / sizes.itemsize / max(1, met)
         moved = 4 * sizes.outputs / device.bandwidth
@@ -94,7 +94,7 @@ def step_seconds(recipe: Recipe, draws: Draws | None, load: Load, price: Prices)
     drawn = draws.words() / draws.steps * price.word + (load.tokens - load.targets) * price.read
     if not task.samples:  # the teacher's output layer is computed with the model's
         return drawn + load.tokens * price.read_by_others + compared
-    # Answers of later steps are measured when they are drawn; a divergence needs what the untouched model finds.
+    # Answers of later steps are measured when they are drawn; a divergence needs the untouched model.
     measured = (1 - 1 / draws.steps + (recipe.reinforce.kl > 0)) * load.tokens * price.read
     rows = draws.answers / draws.steps * resolved(recipe.devices)  # the first device grades for all
     mean = load.targets / (draws.answers / draws.steps)

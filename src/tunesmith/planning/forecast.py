@@ -179,6 +179,7 @@ class Forecaster:
         share = (size - 1) / size / link(self.device)
         summing = 2 * sizes.gradients * share
         gathering = micro_batches * (2 + (sizes.elsewhere > 0)) * sizes.gathered * share
+        kept_tokens = self._kept_tokens(recipe.evaluation, sampler.tokens_per_pass, recomputed)
         duration, busy, draws = None, None, drawn.draws_of(recipe)
         if self.device.products:
             step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
@@ -196,7 +197,7 @@ class Forecaster:
                 device=self.device,
                 base=base,
                 others=self.others,
-                answered=max(self._drawn_tokens(draws), self._kept_tokens(recipe, sampler.tokens_per_pass, recomputed)),
+                answered=max(self._drawn_tokens(draws), kept_tokens),
             ),
             duration=duration,
             disk=disk,
@@ -250,10 +251,10 @@ class Forecaster:
         pools are copied as they grow."""
         return 2 * draws.streams * int(self.rows.store.lengths[self.rows.train_rows].max()) if draws else 0
 
-    def _kept_tokens(self, recipe: Recipe, tokens_per_pass: int, recomputed: int) -> int:
+    def _kept_tokens(self, evaluation: EvaluationOptions, tokens_per_pass: int, recomputed: int) -> int:
         """Most tokens whose keys and values are kept for answers to held-out prompts: of a pass, and of prompts
         with answers."""
-        rows_I, store, evaluation = self.rows.held_rows, self.rows.held_store, recipe.evaluation
+        rows_I, store = self.rows.held_rows, self.rows.held_store
         prompts = min(resolved(evaluation.samples), len(rows_I)) if self.head == "next_token" else 0
         if prompts == 0 or self.rows.is_prompts:
             return 0

@@ -105,7 +105,7 @@ class Drawing:
         if step not in self._ahead:
             self._draw(state, step)
         drawn = self._ahead[step]
-        # A step that cannot be made is made again after a resume: those that cannot be drawn again then are kept.
+        # A step that fails is made again after a resume: answers that cannot be drawn again then are kept.
         gone = step if self._late(step) == 0 else step - 1
         self._ahead = {at: later for at, later in self._ahead.items() if at > gone}
         self.kept.flush()
@@ -251,9 +251,8 @@ class Drawing:
 
     def _submitted(self, store: RowStore, row: int, answers: Sequence[DrawnAnswer]) -> list[Future[Grade]]:
         item = self.prompts[store][row].kept
-        return [
-            self.pool.submit(Answer(drawn.text, ended=drawn.ended, tokens=len(drawn.ids)), item) for drawn in answers
-        ]
+        of_row = [Answer(drawn.text, ended=drawn.ended, tokens=len(drawn.ids)) for drawn in answers]
+        return [self.pool.submit(answer, item) for answer in of_row]
 
     def _graded(self, row: int, answers: Sequence[DrawnAnswer], grades: Sequence[Grade]) -> Group:
         drops_cut = self.options.cut == "drop"
@@ -285,9 +284,10 @@ class Drawing:
 
     def _counted(self, groups: Sequence[Group]) -> list[CountedAnswer]:
         counted: list[CountedAnswer] = []
-        for group, of_group in zip(groups, advantages([group.scored for group in groups], self.options), strict=True):
+        of_groups = advantages([group.scored for group in groups], self.options)
+        for group, of_group in zip(groups, of_groups, strict=True):
             numbers = [i for i, reward in enumerate(group.rewards) if reward is not None]
-            counted += [CountedAnswer(group, i, advantage) for i, advantage in zip(numbers, of_group, strict=True)]
+            counted += [CountedAnswer(group, *pair) for pair in zip(numbers, of_group, strict=True)]
         return counted
 
     def everything(self, state: TrainState, groups: Sequence[Group]) -> TrainState:
@@ -419,6 +419,7 @@ def _values_of_tokens(world: World, seen: Seen, options: Reinforce) -> Record:
         return {}
     sums_BS = torch.tensor(np.stack([by_row[row] for row in sorted(by_row)])).double()
     sums = dict(zip(STATS, sums_BS.sum(0).tolist(), strict=True))
-    values = {key: sums[key] / sums["tokens"] for key in ("mismatch", "corrected", "clipped_low", "clipped_high")}
+    shares = ("mismatch", "corrected", "clipped_low", "clipped_high")
+    values = {key: sums[key] / sums["tokens"] for key in shares}
     values["largest_mismatch"] = float(sums_BS[:, STATS.index("largest")].max())
     return values | ({"kl": sums["kl"] / sums["tokens"]} if options.kl else {})

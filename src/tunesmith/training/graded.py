@@ -43,7 +43,8 @@ def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[Ro
         text = f"{len(failed):,} of {num} have no reward and do not count. The first: {failed[0].error[-300:]}"
         session.emit("note", {"text": text})
     evaluation = setup.recipe.evaluation
-    _show(session, name, groups[: evaluation.samples_on_the_way if name == "step" else resolved(evaluation.samples)])
+    num_shown = evaluation.samples_on_the_way if name == "step" else resolved(evaluation.samples)
+    _show(session, name, groups[:num_shown])
     return np.array([row for row, _ in results], np.int64), [result for _, result in results]
 
 

@@ -72,7 +72,8 @@ class DrawnStep:
 
     def values(self) -> JsonObject:
         """As JSON; the seconds that it took are left out."""
-        return {"groups": [group.values() for group in self.groups], "old": [logps_N.tolist() for logps_N in self.old]}
+        old = [logps_N.tolist() for logps_N in self.old]
+        return {"groups": [group.values() for group in self.groups], "old": old}
 
     @classmethod
     def of(cls, values: JsonObject) -> DrawnStep:

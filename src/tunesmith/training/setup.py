@@ -208,8 +208,8 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     sampler = replace(sampler_of(recipe, rows, layout, device), part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing_choices = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
-    answers = _drawing(plan, attachment, output, shares=collator.shares)
-    teacher, drawn_by = taught_by(plan, model, output)
+    drawing = _drawing(plan, attachment, output, shares=collator.shares)
+    teacher, distilling = taught_by(plan, model, output)
     samples, prompt_notes = _samples(recipe.evaluation, inputs, rows)
     notes = [*inputs.notes, *plan.notes, *rows.notes, *far_numbers(rows), *kernel_notes, *padding_notes, *loss_notes]
     return Setup(
@@ -238,10 +238,10 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         new_head=new_head,
         given=plan.given,
         forecast=plan.forecast,
-        draw=answers or drawn_by,
-        drawing=answers,
+        draw=drawing or distilling,
+        drawing=drawing,
         teacher=teacher,
-        identity=_identity(recipe, rows, inputs.renderer, hashes.result(), answers, teacher=teacher),
+        identity=_identity(recipe, rows, inputs.renderer, hashes.result(), drawing, teacher=teacher),
         world=world,
     )
 

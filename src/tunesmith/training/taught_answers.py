@@ -60,13 +60,8 @@ class Distilling:
 
     def _answers(self, state: TrainState, rows: Sequence[int], step: int) -> list[DrawnAnswer]:
         options = self.recipe.distil
-        settings = Draw.of(
-            self.renderer,
-            num=1,
-            temperature=options.temperature,
-            max_new_tokens=options.max_new_tokens,
-            streams=STREAMS,
-        )
+        most, temperature = options.max_new_tokens, options.temperature
+        settings = Draw.of(self.renderer, num=1, temperature=temperature, max_new_tokens=most, streams=STREAMS)
         seeds = seeds_of(state.store, rows, seed=self.recipe.seed, step=step)
         prompts = [prompt_of(state.store.row(row)).tolist() for row in rows]
         with drawing(cast(Any, state.model)) as decoder:
@@ -118,5 +113,6 @@ def prompt_of(row: Row) -> NDArray[np.int32]:
 
 
 def _row(store: RowStore, row: int, answer: DrawnAnswer) -> Row:
-    source, no_values_NC = store.source(row), np.zeros((len(answer.ids), 0), np.float32)
-    return answer_row(prompt_of(store.row(row)), answer.ids, no_values_NC, DrawnSource(source.path, source.line))
+    place, no_values_NC = store.source(row), np.zeros((len(answer.ids), 0), np.float32)
+    source = DrawnSource(place.path, place.line)
+    return answer_row(prompt_of(store.row(row)), answer.ids, no_values_NC, source)

@@ -129,8 +129,8 @@ class Teacher:
         passes = make_micro_batches(range(len(rows)), lengths, tokens_per_pass=most, layout="padded", cost=cost)
         with eval_mode(self.loaded.model):
             for members in passes:
-                inside = [rows[i] for i in members]
-                yield members, build_batch(inside, members, layout="padded", device=device, pad_id=self.loaded.pad_id)
+                inside, pad_id = [rows[i] for i in members], self.loaded.pad_id
+                yield members, build_batch(inside, members, layout="padded", device=device, pad_id=pad_id)
 
 
 def load_teacher(
