@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
+from often import often
 from tiny import tiny_tokenizer
 from tiny_run import copied
 from tunesmith.recipe.load import validate
@@ -21,6 +22,8 @@ SIZE, HIDDEN = 16, 32
 PIECES = (
     "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<start_of_image>",
     "<end_of_image>", "<image_soft_token>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>",
+    "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<img>", "</img>", "<IMG_CONTEXT>", "<video>", "<|image>", "<|image|>",
+    "<image|>", "<|audio>", "<|audio|>", "<audio|>",
     *(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)),
 )  # fmt: skip
 _EITHER = (
@@ -38,10 +41,21 @@ TEMPLATES = {
     "idefics3": _LISTS.replace("PLACE", "<image>"),
     "smolvlm": _LISTS.replace("PLACE", "<image>"),
     "gemma3": _EITHER.replace("PLACE", "<start_of_image>"),
-    "qwen2_5_vl": _EITHER.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    **dict.fromkeys(
+        ("qwen2_5_vl", "qwen3_vl", "qwen3_5"), _EITHER.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>")
+    ),
+    "llava_next": _EITHER.replace("PLACE", "<image>"),
+    "llava_onevision": _EITHER.replace("PLACE", "<image>"),
+    "gemma4": _EITHER.replace("PLACE", "<|image|>"),
+    "internvl": _EITHER.replace("PLACE", "<IMG_CONTEXT>"),
+    "mistral3": _EITHER.replace("PLACE", "[IMG]"),
 }
 """Idefics 3 and SmolVLM print nothing of a text that is no list, as their real templates."""
 FAMILIES = tuple(TEMPLATES)
+USUAL = ("qwen3_vl", "gemma3")
+"""Tested at every change, others before a release: positions of three kinds and vectors of inner layers; images
+that are read in both directions."""
+EACH_FAMILY = often(FAMILIES, *USUAL)
 _NAMED = {
     "llava": {"image_token": "<image>"},
     "idefics3": {},
@@ -49,8 +63,20 @@ _NAMED = {
                 "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"},
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
     "qwen2_5_vl": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    "qwen3_vl": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    "qwen3_5": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    "llava_next": {"image_token": "<image>"},
+    "llava_onevision": {"image_token": "<image>", "video_token": "<video>"},
+    "gemma4": {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+               "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"},
+    "internvl": {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+                 "video_token": "<video>"},
+    "mistral3": {},
 }  # fmt: skip
+IMAGE_TOKENS = {"internvl": "<IMG_CONTEXT>", "mistral3": "[IMG]"}
+"""The token that is filled with an image's vectors, where the tokenizer has another name for it."""
 _SQUARE = {"height": SIZE, "width": SIZE}
+_GRID = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
 _TILES = {"size": {"longest_edge": 2 * SIZE}, "max_image_size": {"longest_edge": SIZE}}
 _PROCESSORS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "llava": ("LlavaProcessor", "CLIPImageProcessor", {"size": {"shortest_edge": SIZE}, "crop_size": _SQUARE},
@@ -60,6 +86,21 @@ _PROCESSORS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("Gemma3Processor", "Gemma3ImageProcessor", {"size": _SQUARE}, {"image_seq_length": 4}),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor",
                    {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 512}}, {}),
+    **dict.fromkeys(("qwen3_vl", "qwen3_5"), ("Qwen3VLProcessor", "Qwen2VLImageProcessor",
+                    {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 512}}, {})),
+    "llava_next": ("LlavaNextProcessor", "LlavaNextImageProcessor",
+                   {"size": {"shortest_edge": SIZE}, "crop_size": _SQUARE, "image_grid_pinpoints": _GRID},
+                   {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}),
+    "llava_onevision": ("LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor",
+                        {"size": _SQUARE, "image_grid_pinpoints": _GRID},
+                        {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}),
+    "gemma4": ("Gemma4Processor", "Gemma4ImageProcessor",
+               {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}, {"image_seq_length": 70}),
+    "internvl": ("InternVLProcessor", "GotOcr2ImageProcessor", {"size": _SQUARE, "max_patches": 4},
+                 {"image_seq_length": 4}),
+    "mistral3": ("PixtralProcessor", "PixtralImageProcessor",
+                 {"patch_size": {"height": 4, "width": 4}, "size": {"longest_edge": 2 * SIZE}},
+                 {"patch_size": 4, "spatial_merge_size": 2}),
 }  # fmt: skip
 _TEXT = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 3}  # fmt: skip
@@ -67,38 +108,57 @@ _EYES = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
          "image_size": SIZE}  # fmt: skip
 
 
-def _config(family: str, tokenizer: Any) -> Any:
-    def token(text: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(text))
+_CLIP = {**_EYES, "model_type": "clip_vision_model", "patch_size": 8, "projection_dim": HIDDEN}
+_SIGLIP = {**_EYES, "model_type": "siglip_vision_model", "patch_size": 4, "vision_use_head": False}
+_QWEN_EYES = {"depth": 2, "hidden_size": HIDDEN, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+              "out_hidden_size": HIDDEN, "num_position_embeddings": 16}  # fmt: skip
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "llava": ({"model_type": "llama"}, _CLIP, {}),
+    "llava_next": ({"model_type": "llama"}, _CLIP, {"image_grid_pinpoints": _GRID}),
+    "llava_onevision": ({"model_type": "llama"}, _SIGLIP, {"image_grid_pinpoints": _GRID}),
+    "idefics3": ({"model_type": "llama"}, {**_EYES, "model_type": "idefics3_vision", "patch_size": 4},
+                 {"scale_factor": 2, "pad_token_id": 3}),
+    "smolvlm": ({"model_type": "llama"}, {**_EYES, "model_type": "smolvlm_vision", "patch_size": 4},
+                {"scale_factor": 2, "pad_token_id": 3}),
+    "gemma3": ({"model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16,
+                "sliding_window_pattern": 2}, _SIGLIP, {"mm_tokens_per_image": 4}),
+    "gemma4": ({"model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 8, "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8,
+                "use_bidirectional_attention": "vision"},
+               {"model_type": "gemma4_vision", "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4,
+                "pooling_kernel_size": 2, "position_embedding_size": 300}, {"audio_config": None}),
+    "qwen2_5_vl": ({"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}},
+                   {**_QWEN_EYES, "window_size": 16, "fullatt_block_indexes": [1]}, {}),
+    "qwen3_vl": ({"head_dim": 8, "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}},
+                 {**_QWEN_EYES, "depth": 3, "deepstack_visual_indexes": [0, 1]}, {}),
+    "qwen3_5": ({"head_dim": 32, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+                 "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                 "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+                                     "partial_rotary_factor": 0.25}}, _QWEN_EYES, {}),
+    "internvl": ({"model_type": "qwen2"}, {**_EYES, "patch_size": 4},
+                 {"image_seq_length": 4, "tie_word_embeddings": False}),
+    "mistral3": ({"model_type": "mistral", "head_dim": 8, "sliding_window": None},
+                 {**_EYES, "model_type": "pixtral", "image_size": 4 * SIZE, "patch_size": 4},
+                 {"tie_word_embeddings": False}),
+}  # fmt: skip
+"""(text, eyes, the rest) of a config."""
+_IDS = {"image_token_id": "image_token", "video_token_id": "video_token", "boi_token_index": "boi_token",
+        "eoi_token_index": "eoi_token", "boi_token_id": "boi_token", "eoi_token_id": "eoi_token",
+        "audio_token_id": "audio_token"}  # fmt: skip
+_QWEN_IDS = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
 
-    text = {**_TEXT, "vocab_size": len(tokenizer)}
-    if family == "llava":
-        eyes = {**_EYES, "model_type": "clip_vision_model", "patch_size": 8, "projection_dim": HIDDEN}
-        return AutoConfig.for_model(
-            "llava", text_config={**text, "model_type": "llama"}, vision_config=eyes, image_token_index=token("<image>")
-        )
-    if family in ("idefics3", "smolvlm"):
-        eyes = {**_EYES, "patch_size": 4, "model_type": "idefics3_vision" if family == "idefics3" else "smolvlm_vision"}
-        return AutoConfig.for_model(
-            family, text_config={**text, "model_type": "llama"}, vision_config=eyes, scale_factor=2,
-            image_token_id=token("<image>"), pad_token_id=3,
-        )  # fmt: skip
-    if family == "gemma3":
-        eyes = {**_EYES, "patch_size": 4, "model_type": "siglip_vision_model", "vision_use_head": False}
-        more = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "sliding_window_pattern": 2}
-        return AutoConfig.for_model(
-            "gemma3", text_config={**text, **more, "model_type": "gemma3_text"}, vision_config=eyes,
-            mm_tokens_per_image=4, image_token_index=token("<image_soft_token>"),
-            boi_token_index=token("<start_of_image>"), eoi_token_index=token("<end_of_image>"),
-        )  # fmt: skip
-    eyes = {"depth": 2, "hidden_size": HIDDEN, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-            "window_size": 16, "fullatt_block_indexes": [1], "out_hidden_size": HIDDEN}  # fmt: skip
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    return AutoConfig.for_model(
-        "qwen2_5_vl", text_config={**text, "rope_parameters": rope}, vision_config=eyes,
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-    )  # fmt: skip
+
+def _config(family: str, tokenizer: Any) -> Any:
+    text, eyes, rest = _CONFIGS[family]
+    named = {"image_token": IMAGE_TOKENS.get(family, "<image>"), **_NAMED[family]}
+    words = {key: named[name] for key, name in _IDS.items() if name in named}
+    words |= _QWEN_IDS if family.startswith("qwen") else {}
+    ids = {key: int(tokenizer.convert_tokens_to_ids(word)) for key, word in words.items()}
+    sizes = {**_TEXT, "vocab_size": len(tokenizer)}
+    sizes |= {"vocab_size_per_layer_input": len(tokenizer)} if family == "gemma4" else {}
+    return AutoConfig.for_model(family, text_config={**sizes, **text}, vision_config=eyes, **ids, **rest)
 
 
 class _Files:

@@ -212,14 +212,19 @@ class Placeholders(Protocol):
         """SHA-256 of all that pixels and numbers of tokens follow from."""
         ...
 
-    def expand(self, width: int, height: int) -> str:
-        """The text that takes the place of `token` for an image of this size.
+    @property
+    def sees_several(self) -> bool:
+        """Whether an image is read in another way where it is one of several in a row."""
+        ...
+
+    def expand(self, width: int, height: int, *, several: bool = False) -> str:
+        """The text that takes the place of `token` for an image of this size, one of `several` in a row.
 
         Raises ValueError, in words for a person, for a shape that the model does not read.
         """
         ...
 
-    def pixels(self, picture: Image) -> Mapping[str, Tensor]:
+    def pixels(self, picture: Image, *, several: bool = False) -> Mapping[str, Tensor]:
         """One image as the arguments of the model's `get_image_features`."""
         ...
 
@@ -228,11 +233,10 @@ class Placeholders(Protocol):
 class BatchImage:
     """An image of a micro-batch."""
 
-    number: int
-    """`ImageRef.number`."""
+    key: tuple[int, bool]
+    """`ImageRef.number`, and whether the image is read as one of several."""
     pixels: Callable[[], Mapping[str, Tensor]]
-    """Reads it and prepares it as the model's processor does; the arguments of the
-    model's `get_image_features`."""
+    """Reads it and prepares it as the model's processor does; the arguments of its `get_image_features`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,7 @@ def without_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         def __getitem__(self, key: str) -> int:
             return fail() if key == "cpu" else super().__getitem__(key)
 
-    for module, name in ((devices, "_memory_free"), (devices, "_group_free")):
-        monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(devices, "free_on_processor", fail)
     monkeypatch.setattr(memory, "CHUNK_BYTES", NoProcessor())
     monkeypatch.setattr(devices, "here", fail)
     monkeypatch.setattr(devices, "_measured", fail)

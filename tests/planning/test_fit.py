@@ -6,6 +6,8 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.errors import DoesNotFitError, InputError, ModelError, RecipeError
+from tunesmith.models import machine as memory_of_machine
+from tunesmith.models.image_features import MEMORY_SHARE, KeptVectors
 from tunesmith.planning import devices
 from tunesmith.planning import fit as fitting
 from tunesmith.planning.decisions import with_options
@@ -170,8 +172,9 @@ def test_cards_are_named_or_known_by_their_memory_alone():
 
 
 def test_the_room_of_a_process_is_bounded_by_its_control_group(monkeypatch):
-    monkeypatch.setattr(devices, "_memory_free", lambda: 10**12)
-    monkeypatch.setattr(devices, "_group_free", lambda: 3 * 10**9)
+    monkeypatch.setattr(memory_of_machine, "_memory_free", lambda: 10**12)
+    monkeypatch.setattr(memory_of_machine, "_group_free", lambda: 3 * 10**9)
+    assert KeptVectors().room == 3 * 10**9 * MEMORY_SHARE  # of images, wherever they are looked at
     assert devices.room("cpu") == 3 * 10**9 + devices.resident_bytes()
 
 
@@ -184,15 +187,15 @@ def test_a_control_group_inside_another_is_bounded_by_both(tmp_path, monkeypatch
         (group / "memory.current").write_text("3000\n")
         (group / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
     (tmp_path / "own").write_text("1:name=systemd:/\n0::/slurm/job_7/step\n")
-    monkeypatch.setattr(devices, "NAMED_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(devices, "OWN_GROUP", tmp_path / "own")
-    assert devices._group_free() == 4_000 - 3_000 + 500
+    monkeypatch.setattr(memory_of_machine, "NAMED_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(memory_of_machine, "OWN_GROUP", tmp_path / "own")
+    assert memory_of_machine._group_free() == 4_000 - 3_000 + 500
     (tmp_path / "own").write_text("0::/slurm/job_7\n")
-    assert devices._group_free() == 9_000 - 3_000 + 500
+    assert memory_of_machine._group_free() == 9_000 - 3_000 + 500
     (tmp_path / "own").write_text("0::/\n")
-    assert devices._group_free() == 2**63
-    monkeypatch.setattr(devices, "OWN_GROUP", tmp_path / "nowhere")
-    assert devices._group_free() == 2**63
+    assert memory_of_machine._group_free() == 2**63
+    monkeypatch.setattr(memory_of_machine, "OWN_GROUP", tmp_path / "nowhere")
+    assert memory_of_machine._group_free() == 2**63
 
 
 @pytest.mark.parametrize("rows_per_step", [3, 18])

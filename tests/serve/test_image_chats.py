@@ -9,22 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from often import often
 from serve.batches import Heard
 from serve.engines import engine_over
 from serve.fake import MODELS, FakeEngine
 from serve.running import running
 from tiny_run import model_folder
-from tiny_vision import FAMILIES, picture, png, vision_folder
+from tiny_vision import EACH_FAMILY, picture, png, vision_folder
 from tunesmith.cli.chat import ChatSpeaker, Conversation
 from tunesmith.data.images import look_at
 from tunesmith.errors import InputError
 from tunesmith.generation.decoder import KEPT_BYTES
 from tunesmith.generation.padded import generate
 from tunesmith.inference import load as loading
-from tunesmith.inference.predict import Predictor, predict_file
+from tunesmith.inference.predict import Predictor, predict_file, predict_to
 from tunesmith.models.image_features import kept_vectors
+from tunesmith.models.vision import Vision
 from tunesmith.recipe.schema import Limits
+from tunesmith.serve import served_model
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestError
 from tunesmith.serve.registry import LocalEngine
 from tunesmith.serve.request_schemas import ChatBody
@@ -56,7 +57,7 @@ def answered(engine: LocalEngine, request: GenerationRequest) -> Any:
     return heard.answer()
 
 
-@pytest.mark.parametrize("family", often(FAMILIES, "gemma3", "qwen2_5_vl"))
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_an_answer_is_that_of_generation(family: str, tmp_path: Path) -> None:
     engine = engine_of(tmp_path, family)
     loaded = engine.model.loaded
@@ -129,6 +130,37 @@ def test_a_damaged_image_is_refused_and_so_is_one_for_a_text_model(tmp_path: Pat
         body(image_part(), role="assistant").to_request()
 
 
+def test_images_are_prepared_before_the_step_that_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails there is that request's error: the step has answers of others in it."""
+    engine = engine_of(tmp_path, "qwen3_vl")
+    vision, seen = engine.model.renderer.placeholders, list[Any]()
+
+    def prepared(picture: Any, **how: Any) -> Any:
+        seen.append(picture)
+        return Vision.pixels(vision, picture, **how)
+
+    monkeypatch.setattr(vision, "pixels", prepared)
+    request = body(image_part(), image_part(png(picture(8, 16, 16)))).to_request()
+    small = engine.model.prepare(0, request, OPTIONS)
+    assert len(seen) == 2
+    for image in small.images:
+        image.pixels()
+    assert len(seen) == 2
+    monkeypatch.setattr(served_model, "PREPARED_BYTES", 1)
+    large = engine.model.prepare(0, request, OPTIONS)
+    for image in large.images:
+        image.pixels()
+    assert len(seen) == 6
+
+    def fails(picture: Any, **how: Any) -> Any:
+        raise ValueError("the model's processor refuses 20 × 32 pixels: no such patch.")
+
+    monkeypatch.setattr(vision, "pixels", fails)
+    with pytest.raises(RequestError, match=r"messages\[0\]: its image cannot be prepared: .* no such patch") as refused:
+        engine.model.prepare(0, request, OPTIONS)
+    assert (refused.value.status, refused.value.code) == (400, "damaged_image")
+
+
 def test_what_images_take_of_a_server_is_bounded(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, "llava")
     request = body(*[image_part()] * (Limits().images + 1)).to_request()
@@ -176,6 +208,30 @@ def test_predict_answers_rows_and_writes_rows(tmp_path: Path) -> None:
     assert asked["content"][0] == {"type": "image_url", "image_url": {"url": str((tmp_path / "a.png").resolve())}}
     assert answer["role"] == "assistant"
     assert lines[1]["error"].startswith("no_such_image")
+
+
+def test_a_continued_file_of_answers_sees_a_changed_image(tmp_path: Path) -> None:
+    """Rows name an image by its path: with new pixels under it the file would have answers to two pictures."""
+    lines = []
+    for number in range(70):  # more than a chunk
+        (tmp_path / f"{number}.png").write_bytes(png(picture(number)))
+        lines.append({"images": [f"{number}.png"], "prompt": "What is it?"})
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loaded = loading.load_model(str(vision_folder(tmp_path / "model", "llava")), task="chat", offline=True)
+    predictor = Predictor(loaded, max_new_tokens=1)
+
+    def stop(done: int, total: int) -> None:
+        if out.with_name("out.jsonl.part").stat().st_size:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_to(out, predictor, str(path), progress=stop)
+    (tmp_path / "3.png").write_bytes(png(picture(99)))
+    with pytest.raises(InputError, match="started with something else: images was"):
+        predict_to(out, predictor, str(path))
+    (tmp_path / "3.png").write_bytes(png(picture(3)))
+    assert predict_to(out, predictor, str(path)).answered == 70
 
 
 def test_a_body_may_be_large_where_a_model_sees() -> None:

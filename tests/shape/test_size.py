@@ -17,32 +17,32 @@ ROOMS = {
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
-        2_210,
+        2_215,
         "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones",
     ),
     "graders": (
         2_410,
         "types of graders, children for their code, a judge, a trial with a verdict, what strangers' may use",
     ),
-    "inference": (1_650, "a result loaded, files of rows answered and measured"),
+    "inference": (1_670, "a result loaded, files of rows answered and measured, their images too"),
     "jobs": (4_735, "OpenAI's fine-tuning API: files, jobs, graders, projects, webhooks, recovery from kills"),
     "methods": (2_950, "full, LoRA and its relatives, on experts too, QLoRA, peft"),
-    "models": (6_180, "finding, loading, attention, heads, experts, losses in pieces, divergences, what sees"),
+    "models": (6_370, "finding, loading, attention, heads, experts, losses in pieces, divergences, twelve that see"),
     "optim": (450, "optimizers and schedules"),
     "pages": (1_705, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_960, "defaults with reasons; memory, time, disk; draws, graders and teachers too"),
+    "planning": (2_140, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
     "recipe": (1_945, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (
-        3_225,
+        3_240,
         "the engine's process and OpenAI's routes, images in requests; sessions, keys, commands and a spare, for pages",
     ),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_840, "what is learnt"),
     "summaries": (645, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
     "trackers": (750, "four experiment trackers"),
-    "training": (5_550, "the loop, a run around it, the answers that it draws and plans, a teacher"),
+    "training": (5_630, "the loop, a run around it, the answers that it draws and plans, a teacher, rows tried packed"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

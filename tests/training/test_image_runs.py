@@ -19,11 +19,13 @@ from tunesmith.generation.padded import generate
 from tunesmith.models import image_features
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.image_features import KeptVectors, kept_vectors
+from tunesmith.models.packing_check import PackingCheck
 from tunesmith.planning.decisions import Decisions
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import DataFile, Recipe
 from tunesmith.runs.folder import runs
 from tunesmith.training.image_parts import decide_seeing
+from tunesmith.training.packed_rows import PACKED, SeeingRows
 from tunesmith.training.setup import prepare
 from tunesmith.training.step import compute_gradients
 from tunesmith.training.trainer import Listener, resume, train
@@ -43,12 +45,32 @@ def test_a_run_learns_and_leaves_the_tower_as_it_is(finished: Any) -> None:
     assert (finished.adapter_path / "preprocessor_config.json").is_file()
     (plan,) = [event.values for event in finished.events() if event.kind == "plan"]
     assert any("vision frozen" in note for note in plan["warnings"])
+    assert PACKED in plan["warnings"]
 
 
 def test_samples_show_their_images_small(finished: Any) -> None:
     shown = [event.values for event in finished.events() if event.kind == "sample"]
     assert shown
     assert all(sample["images"][0].startswith("data:image/jpeg;base64,") for sample in shown)
+
+
+def test_rows_that_packing_would_change_are_padded_and_the_run_says_why(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, "gemma3")
+    assert setup.sampler.layout == "padded"
+    assert any("reads the tokens of an image in both directions" in note for note in setup.notes)
+    long = replace(SeeingRows.of(setup.rows, setup.renderer.placeholders), too_long="")
+    assert [len(row.images) for row in long.rows] == [1]
+
+
+@pytest.mark.slow
+def test_a_run_that_packs_learns_what_one_that_pads_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = train(vision_recipe(tmp_path, "qwen3_vl"), root=tmp_path / "packed")
+    monkeypatch.setattr("tunesmith.training.setup.packed_agrees", lambda *args, **how: PackingCheck("not wanted"))
+    padded = train(vision_recipe(tmp_path, "qwen3_vl"), root=tmp_path / "padded")
+    losses = [[event.values["loss"] for event in run.events() if event.kind == "step"] for run in (packed, padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    layouts = [event.values["layout"] for run in (packed, padded) for event in run.events() if event.kind == "plan"]
+    assert layouts == ["packed", "padded"]
 
 
 def test_questions_about_one_picture_are_on_one_side(tmp_path: Path) -> None:  # trap: I10
@@ -149,10 +171,12 @@ def test_each_row_sees_its_own_image(tmp_path: Path) -> None:  # trap: I5
 def test_vectors_of_a_frozen_tower_are_computed_once_and_are_the_same_bits(tmp_path: Path) -> None:  # trap: I13
     setup = setup_of(tmp_path)
     kept = kept_vectors(setup.model)
+    kept.entries.clear()  # of rows that were tried packed
+    before = kept.computed
     first = logits_at_targets(setup.model, batch_of(setup, 0, 6, 1))
-    assert kept.computed == 2
+    assert kept.computed == before + 2
     again = logits_at_targets(setup.model, batch_of(setup, 0, 6, 1))
-    assert kept.computed == 2
+    assert kept.computed == before + 2
     assert torch.equal(first, again)
 
     setup.model.base_model.multi_modal_projector.requires_grad_(True)

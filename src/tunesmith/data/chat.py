@@ -252,7 +252,7 @@ class ChatEncoder(RowEncoder):
         text = self._template.render(shown, tools=tools, prompt=prompt)
         if not images or self._placeholders is None:
             return text
-        return expanded(text, images[: num_images(messages)], self._placeholders)
+        return expanded(text, images[: num_images(messages)], self._placeholders, several=len(images) > 1)
 
     def _shows_lists_alone(self) -> bool:
         """Whether the template shows a text in a list of pieces, and as a text of its own leaves it out."""

@@ -235,10 +235,11 @@ def pixels_of(image: ImageRef) -> Image:
 def batch_images(rows: Iterable[Sequence[ImageRef]], placeholders: Placeholders) -> tuple[BatchImage, ...]:
     """The images of a batch, row by row; none is read before its pixels are needed."""
 
-    def prepared(image: ImageRef) -> Mapping[str, Tensor]:
-        return placeholders.pixels(pixels_of(image))
+    def prepared(image: ImageRef, several: bool) -> Mapping[str, Tensor]:
+        return placeholders.pixels(pixels_of(image), several=several)
 
-    return tuple(BatchImage(image.number, partial(prepared, image)) for images in rows for image in images)
+    seen = [(image, placeholders.sees_several and len(images) > 1) for images in rows for image in images]
+    return tuple(BatchImage((image.number, several), partial(prepared, image, several)) for image, several in seen)
 
 
 def _bytes_of(image: ImageRef) -> bytes:

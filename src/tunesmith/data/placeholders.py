@@ -49,9 +49,9 @@ def num_images(messages: Sequence[Message]) -> int:
     return sum(piece.get("type") == "image" for pieces in lists for piece in pieces)
 
 
-def expanded(text: str, images: Sequence[ImageRef], placeholders: Placeholders) -> str:
+def expanded(text: str, images: Sequence[ImageRef], placeholders: Placeholders, *, several: bool) -> str:
     """A rendered text with the processor's text in the place of each image, in one
-    pass: that may hold the word itself.
+    pass: that may hold the word itself. `several`: of the whole row, of which `images` may be the first.
 
     Raises `TemplateRefusal` where the template has not one place for each,
     ValueError for a shape that is not read.
@@ -59,7 +59,7 @@ def expanded(text: str, images: Sequence[ImageRef], placeholders: Placeholders) 
     first, *rest = text.split(placeholders.token)
     if len(rest) != len(images):
         raise TemplateRefusal(f"it writes {len(rest)} places for {len(images)} images.")
-    places = [placeholders.expand(image.width, image.height) for image in images]
+    places = [placeholders.expand(image.width, image.height, several=several) for image in images]
     return first + "".join(place + after for place, after in zip(places, rest, strict=True))
 
 

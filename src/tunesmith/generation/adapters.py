@@ -90,7 +90,8 @@ class MultiLoraLinear(nn.Module):
             if path is not None and rows_K is None:
                 y_TO = path.add(x_TI, y_TO)
             elif path is not None and rows_K is not None:
-                y_TO.index_copy_(0, rows_K, path.add(x_TI.index_select(0, rows_K), y_TO.index_select(0, rows_K)))
+                x_KI, y_KO = x_TI.index_select(0, rows_K), y_TO.index_select(0, rows_K)
+                y_TO.index_copy_(0, rows_K, path.add(x_KI, y_KO))
         return y_TO.view(out.shape)
 
 

@@ -306,7 +306,8 @@ def why_unlike(kind: type[BatchedDecoder | SequentialDecoder], model: PreTrained
     attention, is_batched = model.config._attn_implementation, kind is BatchedDecoder
     texts = [probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES]
     with eval_mode(model):
-        alone = [model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1:] for ids in texts]
+        inputs = [torch.tensor([ids], device=model.device) for ids in texts]
+        alone = [model(ids_1T, use_cache=False).logits[0, -1:] for ids_1T in inputs]
         try:  # transformers warns of attention that cannot be replaced
             with silence_transformers(), packed_forward() if is_batched else nullcontext(AttentionTrace()) as trace:
                 together = _decoded(kind(model, adapters), texts)

@@ -154,7 +154,8 @@ class DecodeRows:
     def __init__(self, pool: KVPool, first: int, device: torch.device) -> None:
         lengths = [slot.length for slot in pool.slots]
         self.pool, self.first, self.longest = pool, first, max(lengths) + 1
-        self.positions_N, self.index_N = torch.tensor(lengths, device=device), torch.arange(len(lengths), device=device)
+        self.positions_N = torch.tensor(lengths, device=device)
+        self.index_N = torch.arange(len(lengths), device=device)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:

@@ -150,7 +150,8 @@ def generate_within(
             raise
     free_cached_memory()  # outside of the handler, whose traceback holds the tensors of the pass
     if len(prompts) == 1:
-        return generate_within(model, renderer, prompts, new_tokens, most=max(1, min(most, len(prompts[0])) // 2))
+        less = max(1, min(most, len(prompts[0])) // 2)
+        return generate_within(model, renderer, prompts, new_tokens, most=less)
     half = len(prompts) // 2
     parts = (prompts[:half], images[:half]), (prompts[half:], images[half:])
     return [

@@ -133,9 +133,8 @@ def _called(function: Callable[..., Any]) -> Work:
         columns = {key: [value] for key, value in item.items()}
         columns.setdefault("prompts", [item.get("prompt", item.get("messages"))])
         columns["completions"] = [[{"role": "assistant", "content": text}] if is_chat else text]
-        takes_all = any(
-            parameter.kind == parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values()
-        )
+        parameters = inspect.signature(function).parameters.values()
+        takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
         rewards = function(**{key: value for key, value in columns.items() if takes_all or key in names})
         return rewards[0] if isinstance(rewards, (list, tuple)) and len(rewards) == 1 else rewards
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tunesmith.data.addresses import is_address
 from tunesmith.data.collate import build_batch
 from tunesmith.data.dataset import file_hash
 from tunesmith.data.detect_format import FileFacts
+from tunesmith.data.examples import examples
 from tunesmith.data.read import expand_folders
 from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.errors import DataError, InputError
@@ -29,7 +30,7 @@ from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list
 from tunesmith.models.forward import logits_at_targets, sequence_logits
 from tunesmith.models.modes import eval_mode
-from tunesmith.recipe.schema import DataFile
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS
 from tunesmith.tasks.embedding_losses import embed
 from tunesmith.types import Batch, Example, Problem, Record, Row, TaskName, images_of
@@ -304,7 +305,26 @@ def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[s
     hashes = [f"{file.path} {file_hash(file)}\n" for file in files]
     rows = hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()
     fields = ", ".join(["bare" if bare else "echoed", *keep, "reference"])
-    return {**predictor.identity(), "fields": fields, "rows": rows}
+    return {**predictor.identity(), "fields": fields, "rows": rows, **_image_hash(predictor, path)}
+
+
+def _image_hash(predictor: Predictor, path: str) -> dict[str, str]:
+    """The hash of all images that the rows of a file show, by its name; nothing where they show none. A row names
+    an image by its path, so it stays the same when its image changes."""
+    if predictor.loaded.renderer.placeholders is None:
+        return {}
+    data, digest = _own_folder(predictor), hashlib.sha256()
+    nothing = digest.digest()
+    options = cast(Any, {"task": predictor.task, "answered": False})
+    for _, example in examples([DataFile(path=path)], data, lambda problem: None, **options):
+        for image in example.images:
+            digest.update(image.sha256.encode())
+    return {} if digest.digest() == nothing else {"images": digest.hexdigest()}
+
+
+def _own_folder(predictor: Predictor) -> Data:
+    """The options by which rows are read: their images lie beside them, wherever the run had its images."""
+    return predictor.loaded.recipe.data.model_copy(update={"image_folder": None})
 
 
 def predict_file(
@@ -319,8 +339,6 @@ def predict_file(
 ) -> Counts:
     """Predict the rows of a file and pass lines to `write` as they are made; the first `skip` of them were
     written before."""
-    # Images of these rows lie beside them, wherever the run had its images.
-    data = predictor.loaded.recipe.data.model_copy(update={"image_folder": None})
     facts: list[FileFacts] = []
 
     def tick(done: int, of_chunk: int) -> None:
@@ -329,7 +347,7 @@ def predict_file(
             progress(round(facts[-1].done_bytes * (read - of_chunk + done) / read), facts[-1].total_bytes)
 
     stream = RowStream(predictor, write, chunk_rows=predictor.chunk_rows, bare=bare, skip=skip, tick=tick)
-    read_file(path, data, predictor.task, stream, facts, keep=keep)
+    read_file(path, _own_folder(predictor), predictor.task, stream, facts, keep=keep)
     stream.flush()
     return stream.counts
 

@@ -53,6 +53,10 @@ class AttentionTrace:
     """Kernels of `cuda_attention` that computed it."""
     kept: dict[int, tuple[Tensor, Tensor]] | None = None
     """Layer → its keys and values [1, G, T, D], for those who go on from them; None: they are not kept."""
+    looks_at_masks: bool = False
+    """Whether masks are built to see what the model wants to read."""
+    reads_ahead: bool = False
+    """Whether one of them lets a token read what comes behind it."""
 
 
 _TRACE: ContextVar[AttentionTrace | None] = ContextVar("tunesmith_packed_forward", default=None)
@@ -68,6 +72,16 @@ def packed_forward() -> Iterator[AttentionTrace]:
     token = _TRACE.set(trace)
     try:
         yield trace
+    finally:
+        _TRACE.reset(token)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside the block no packed forward is open: a vision tower reads its image with masks of its own."""
+    token = _TRACE.set(None)
+    try:
+        yield
     finally:
         _TRACE.reset(token)
 
@@ -116,6 +130,9 @@ def packed_mask(*args: Any, **settings: Any) -> Tensor | None:
         return sdpa_mask(*args, **settings)  # type: ignore[no-any-return]
     if size := settings.get("local_size"):  # 0: Qwen2-MoE without its window
         trace.local_masks.add(size)
+    if trace.looks_at_masks:
+        mask = sdpa_mask(*args, **{**settings, "allow_is_causal_skip": False})
+        trace.reads_ahead |= bool(mask.triu(1).any())
     return None
 
 

@@ -57,11 +57,13 @@ def _inputs(model: nn.Module, batch: Batch) -> JsonObject:
     if batch.decoder_ids_BU is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids_BU
     if batch.images:
-        inputs |= {"use_cache": False, **image_inputs(model, batch.ids_BT, batch.mask_BT, batch.images)}
+        lengths = (*batch.lengths, *([batch.filling] if batch.filling else [])) if batch.layout == "packed" else ()
+        seen = image_inputs(model, batch.ids_BT, batch.mask_BT, batch.images, lengths=lengths)
+        inputs |= {"use_cache": False, **seen}
     if batch.layout != "packed":
         return {**inputs, "attention_mask": batch.mask_BT}
     positions_BT = batch.positions_BT + _first_position(model)
-    return {**inputs, "position_ids": positions_BT, "segments": _segments(batch)}
+    return {"position_ids": positions_BT, **inputs, "segments": _segments(batch)}
 
 
 def _segments(batch: Batch) -> Segments:

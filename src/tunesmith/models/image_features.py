@@ -10,17 +10,19 @@ tower, whatever rows it stands in, so they are computed once and kept, with the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch.nn.utils.rnn import pad_sequence
 
+from tunesmith.models.attention import apart
+from tunesmith.models.machine import free_on_processor
 from tunesmith.models.modes import eval_mode, text_part
 from tunesmith.types import BatchImage, JsonObject
 
@@ -30,26 +32,44 @@ TYPE_NAMES = ("mm_token_type_ids", "token_type_ids")
 """Arguments of a forward for the kind of each token, 1 for an image's: without them Gemma 3 reads images in one
 direction, without a word."""
 
+ImageKey = tuple[int, bool]
+"""See `BatchImage.key`."""
+
 
 @dataclass
 class KeptVectors:
     """Vectors of images that went through a frozen tower, by the images' numbers."""
 
-    room: int = field(default_factory=lambda: int(MEMORY_SHARE * psutil.virtual_memory().available))
+    room: int = field(default_factory=lambda: int(MEMORY_SHARE * free_on_processor()))
     """Bytes that are left."""
     computed: int = 0
     """Images that went through the tower."""
-    entries: dict[int, _Seen] = field(default_factory=dict)
+    seconds: float = 0.0
+    """That these took, with their preparation, where the tower is frozen."""
+    entries: dict[ImageKey, _Seen] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Seen:
     """One image as a model sees it."""
 
-    vectors: Any
-    """The tower's output for one image: a list of [n, D], or one tensor."""
+    levels: tuple[tuple[Tensor, ...], ...]
+    """The tower's vectors in the pieces that the model makes, [n, D] or more of them in one tensor; behind them
+    vectors of inner layers, for models that read these too (Qwen3-VL)."""
+    output: type
+    """The model's own class for the output of its tower."""
+    is_list: bool
+    """Whether that holds the pieces of all images, else one tensor."""
     grid: Tensor | None
     """[1, 3], patches in time, height and width, for models that count positions by them."""
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> _Seen:
+        """Change every vector."""
+        return replace(self, levels=tuple(tuple(map(change, pieces)) for pieces in self.levels))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for pieces in self.levels for piece in pieces)
 
 
 _KEPT: WeakKeyDictionary[nn.Module, KeptVectors] = WeakKeyDictionary()
@@ -62,75 +82,109 @@ def kept_vectors(model: nn.Module) -> KeptVectors:
     return _KEPT[model]
 
 
-def image_inputs(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None, images: Sequence[BatchImage]) -> JsonObject:
-    """Arguments of the model's forward for rows of which at least one has an image; `mask_BT` of padded rows.
+def image_inputs(
+    model: nn.Module,
+    ids_BT: Tensor,
+    mask_BT: Tensor | None,
+    images: Sequence[BatchImage],
+    *,
+    lengths: Sequence[int] = (),
+) -> JsonObject:
+    """Arguments of the model's forward for rows of which at least one has an image; `mask_BT` of padded rows,
+    `lengths` of packed ones, of which what fills a pass is one too.
 
     `images`: of all rows, in the order of their tokens.
     """
     body: Any = model.base_model
     seen = _look(model, images)
-    grids = [each.grid for each in seen if each.grid is not None]
     accepted = _arguments(type(body).forward)
     is_image_BT = (ids_BT == model.config.image_token_id).long()  # type: ignore[union-attr]
-    inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": _joined([each.vectors for each in seen])}}
+    inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": _joined(seen)}}
     inputs |= {name: is_image_BT for name in TYPE_NAMES if name in accepted}
     if hasattr(body, "get_rope_index"):
         # Always given: what the model would take else is the state of its call before.
-        positions_MBT, _ = body.get_rope_index(
-            ids_BT, is_image_BT, image_grid_thw=torch.cat(grids).to(ids_BT.device), attention_mask=mask_BT
+        grids = torch.cat([each.grid for each in seen if each.grid is not None]).to(ids_BT.device)
+        inputs["position_ids"] = (
+            _packed_positions(body, ids_BT, is_image_BT, grids, lengths)
+            if lengths
+            else body.get_rope_index(ids_BT, is_image_BT, image_grid_thw=grids, attention_mask=mask_BT)[0]
         )
-        inputs["position_ids"] = positions_MBT
     return inputs
 
 
-def _joined(vectors: Sequence[Any]) -> BaseModelOutputWithPooling:
+def _packed_positions(body: Any, ids_1T: Tensor, is_image_1T: Tensor, grids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[M, 1, T]: the positions of each row alone, laid end to end."""
+    sizes = torch.tensor(lengths, device=ids_1T.device)
+    ids_BT, is_image_BT = (
+        pad_sequence(list(flat_1T[0].split(list(lengths))), batch_first=True) for flat_1T in (ids_1T, is_image_1T)
+    )
+    mask_BT = (torch.arange(ids_BT.shape[1], device=ids_1T.device) < sizes[:, None]).long()
+    positions_MBT, _ = body.get_rope_index(ids_BT, is_image_BT, image_grid_thw=grids, attention_mask=mask_BT)
+    positions_MT: Tensor = positions_MBT[:, mask_BT.bool()]
+    return positions_MT[:, None]
+
+
+def _joined(seen: Sequence[_Seen]) -> Any:
     """The outputs of single images as the output for all of them, in the form that the model makes."""
-    if isinstance(vectors[0], Tensor):
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(vectors)))
-    return BaseModelOutputWithPooling(pooler_output=[piece for pieces in vectors for piece in pieces])
+    first = seen[0]
+    vectors, *inner = ([piece for each in seen for piece in each.levels[i]] for i in range(len(first.levels)))
+    levels = {"deepstack_features": inner} if inner else {}
+    return first.output(pooler_output=vectors if first.is_list else torch.cat(vectors), **levels)
 
 
 def _look(model: nn.Module, images: Sequence[BatchImage]) -> list[_Seen]:
     """Each image through the tower, or as it was kept; one that is there twice is computed once."""
-    frozen, memory = _is_frozen(model), kept_vectors(model)
-    of_pass: dict[int, _Seen] = {}
+    frozen, memory = sees_as_before(model), kept_vectors(model)
+    of_pass: dict[ImageKey, _Seen] = {}
     if frozen:
-        of_pass = {i.number: _on(model, memory.entries[i.number]) for i in images if i.number in memory.entries}
-    missing = {image.number: image for image in images if image.number not in of_pass}
+        entries = {image.key: memory.entries[image.key] for image in images if image.key in memory.entries}
+        of_pass = {key: seen.mapped(partial(_cast, model)) for key, seen in entries.items()}
+    missing = {image.key: image for image in images if image.key not in of_pass}
     memory.computed += len(missing)
     if not frozen:
-        pixels = {number: image.pixels() for number, image in missing.items()}
-        of_pass |= zip(pixels, _together(model, list(pixels.values())), strict=True)
-        return [of_pass[image.number] for image in images]
-    for number, image in missing.items():
+        read = {key: _read(model, image) for key, image in missing.items()}
+        of_pass |= zip(read, _together(model, list(read.values())), strict=True)
+        return [of_pass[image.key] for image in images]
+    began = time.perf_counter()
+    for key, image in missing.items():
         with eval_mode(model):  # neither gradient nor dropout
-            of_pass[number] = seen = _alone(model, image.pixels())
-        size = sum(tensor.nbytes for tensor in _tensors(seen.vectors))
-        if size <= memory.room:
-            memory.entries[number] = _Seen(_mapped(seen.vectors, lambda tensor: tensor.cpu()), seen.grid)
-            memory.room -= size
-    return [of_pass[image.number] for image in images]
+            of_pass[key] = seen = _alone(model, _read(model, image))
+        if seen.nbytes <= memory.room:
+            memory.entries[key] = seen.mapped(lambda tensor: tensor.cpu())
+            memory.room -= seen.nbytes
+    memory.seconds += time.perf_counter() - began
+    return [of_pass[image.key] for image in images]
 
 
-def _together(model: nn.Module, pixels: Sequence[Mapping[str, Tensor]]) -> list[_Seen]:
+def _read(model: nn.Module, image: BatchImage) -> dict[str, Tensor]:
+    """The tensors that the model's tower takes of its processor's, on the model's device, pixels in its type."""
+    accepted = _arguments(type(model.base_model).get_image_features)  # type: ignore[union-attr]
+    return {name: _cast(model, tensor) for name, tensor in image.pixels().items() if name in accepted}
+
+
+def _together(model: nn.Module, images: Sequence[Mapping[str, Tensor]]) -> list[_Seen]:
     """Images through a tower that learns: in one call where all have one shape and there is no more to them."""
-    shapes = {tuple(each["pixel_values"].shape) for each in pixels}
-    if len(pixels) < 2 or len(shapes) > 1 or any(each.keys() != {"pixel_values"} for each in pixels):
-        return [_alone(model, each) for each in pixels]
-    num = len(pixels)
-    vectors = _alone(model, {"pixel_values": torch.cat([each["pixel_values"] for each in pixels])}).vectors
-    if isinstance(vectors, Tensor):
-        return [_Seen(part, None) for part in vectors.chunk(num)]
-    size = len(vectors) // num
-    return [_Seen(list(vectors[i * size : (i + 1) * size]), None) for i in range(num)]
+    shapes = {tuple(each["pixel_values"].shape) for each in images}
+    if len(images) < 2 or len(shapes) > 1 or any(each.keys() != {"pixel_values"} for each in images):
+        return [_alone(model, each) for each in images]
+    num = len(images)
+    seen = _alone(model, {"pixel_values": torch.cat([each["pixel_values"] for each in images])})
+    (vectors,) = seen.levels  # inner layers come with a grid
+    pieces = vectors if seen.is_list else vectors[0].chunk(num)
+    size = len(pieces) // num
+    return [replace(seen, levels=(tuple(pieces[i * size : (i + 1) * size]),)) for i in range(num)]
 
 
-def _alone(model: nn.Module, pixels: Mapping[str, Tensor]) -> _Seen:
+def _alone(model: nn.Module, arguments: Mapping[str, Tensor]) -> _Seen:
     """One image through tower and projector."""
     body: Any = model.base_model
-    accepted = _arguments(type(body).get_image_features)
-    arguments = {name: _cast(model, tensor) for name, tensor in pixels.items() if name in accepted}
-    return _Seen(body.get_image_features(**arguments, return_dict=True).pooler_output, pixels.get("image_grid_thw"))
+    with apart():
+        output = body.get_image_features(**arguments, return_dict=True)
+    vectors = output.pooler_output
+    is_list = not isinstance(vectors, Tensor)
+    inner = tuple(tuple(level) for level in getattr(output, "deepstack_features", None) or ())
+    levels = tuple(vectors) if is_list else (vectors,), *inner
+    return _Seen(levels, type(output), is_list, arguments.get("image_grid_thw"))
 
 
 def _cast(model: nn.Module, tensor: Tensor) -> Tensor:
@@ -139,7 +193,7 @@ def _cast(model: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.to(model.dtype) if tensor.is_floating_point() else tensor  # type: ignore[arg-type]
 
 
-def _is_frozen(model: nn.Module) -> bool:
+def sees_as_before(model: nn.Module) -> bool:
     """Whether nothing outside of the language model, the output layer aside, is trained or has an adapter."""
     body: Any = model.base_model
     language = {id(module) for module in text_part(model).modules()}
@@ -149,18 +203,6 @@ def _is_frozen(model: nn.Module) -> bool:
         for module in body.modules()
         if id(module) not in language
     )
-
-
-def _on(model: nn.Module, seen: _Seen) -> _Seen:
-    return _Seen(_mapped(seen.vectors, lambda tensor: tensor.to(model.device)), seen.grid)  # type: ignore[arg-type]
-
-
-def _tensors(vectors: Any) -> Iterable[Tensor]:
-    return [vectors] if isinstance(vectors, Tensor) else vectors
-
-
-def _mapped(vectors: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return change(vectors) if isinstance(vectors, Tensor) else [change(tensor) for tensor in vectors]
 
 
 @cache

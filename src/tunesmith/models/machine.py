@@ -1,11 +1,14 @@
-"""The machine: device and precision, with the reasons for them."""
+"""The machine: device and precision, with the reasons for them, and the memory that is free."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 from tunesmith.errors import RecipeError
@@ -14,6 +17,8 @@ from tunesmith.types import Choice
 
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 """Flags in /proc/cpuinfo of processors that multiply bfloat16 in hardware: x86, then ARM."""
+NAMED_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Linux's control groups, and which of them this process is in."""
 
 
 def choose_device(name: str) -> Choice:
@@ -122,3 +127,27 @@ def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     if tensors[0].device.type == "cuda":
         torch.cuda.current_stream(tensors[0].device).synchronize()
     return found
+
+
+def free_on_processor() -> int:
+    """Bytes that this process can still get: of the machine's memory, and of what its container is allowed."""
+    return min(_memory_free(), _group_free())
+
+
+def _memory_free() -> int:
+    """Bytes that the system can give without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def _group_free() -> int:
+    """Bytes that the control groups of this process leave (a container, a job of Slurm or systemd), one inside
+    the other; cached files can be given up."""
+    free, group = 2**63, NAMED_GROUPS
+    with suppress(OSError):
+        group /= "".join(re.findall(r"^0::/(.*)", OWN_GROUP.read_text("utf-8"), re.M))
+    for folder in (group, *group.parents):
+        with suppress(OSError, ValueError):  # no such limit, or "max"
+            most, now = (int((folder / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+            free = min(free, most - now + int(stat.get("inactive_file", 0)))
+    return free

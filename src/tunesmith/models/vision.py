@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, is_out_of_memory
 from tunesmith.models.folder import read_json
 from tunesmith.models.modes import silence_transformers, text_part
 
@@ -29,17 +31,27 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-FAMILIES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_5_vl")
+FAMILIES = (
+    "llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl",
+    "qwen3_5", "internvl", "mistral3",
+)  # fmt: skip
 """Types of models whose images are read here, each held by a test against its own forward."""
 _PROCESSORS = {
     "LlavaProcessor": "llava",
+    "LlavaNextProcessor": "llava_next",
+    "LlavaOnevisionProcessor": "llava_onevision",
     "Idefics3Processor": "idefics3",
     "SmolVLMProcessor": "smolvlm",
     "Gemma3Processor": "gemma3",
+    "Gemma4Processor": "gemma4",
     "Qwen2_5_VLProcessor": "qwen2_5_vl",
+    "Qwen3VLProcessor": "qwen3_vl",
+    "InternVLProcessor": "internvl",
+    "PixtralProcessor": "pixtral",
 }
-_KEPT_ARGUMENTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
-"""Arguments of `get_image_features` that image processors make; they count crops and rows besides."""
+"""Class of a processor → the part of transformers that has it."""
+_COUNTS_OF_ROWS = "batch_num_images"
+"""Made by image processors that prepare an image alone in its row in another way than one of several."""
 MOST_EXPANDED = 500
 """Sizes of images whose texts are remembered: photos have many, and a text can be a hundred kilobytes."""
 _REFUSALS = (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
@@ -63,6 +75,18 @@ def processor_class(folder: Path) -> str:
     return next((str(name) for name in named if name), "")
 
 
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """An image as its model reads it."""
+
+    numbers: int
+    """Numbers of its prepared pixels."""
+    tiles: int
+    """Parts of it that see nothing of each other in the tower."""
+    tokens: int
+    """Vectors that it fills in a row."""
+
+
 @dataclass(eq=False)
 class Vision:
     """A `types.Placeholders`, and the pixels of images. It is sent to other processes as its folder."""
@@ -70,7 +94,7 @@ class Vision:
     folder: Path
     name: str
     """Class of the processor."""
-    _expanded: dict[tuple[int, int], str] = field(default_factory=dict, repr=False)
+    _expanded: dict[tuple[int, int, bool], str] = field(default_factory=dict, repr=False)
 
     def __reduce__(self) -> Any:
         return Vision, (self.folder, self.name)
@@ -102,31 +126,61 @@ class Vision:
         made_by = {package: version(package) for package in ("pillow", "transformers")}
         return hashlib.sha256(json.dumps([files, made_by], sort_keys=True).encode()).hexdigest()
 
-    def expand(self, width: int, height: int) -> str:
+    @cached_property
+    def sees_several(self) -> bool:
+        """Whether an image of several in a row is prepared in another way than one alone: LLaVA-OneVision cuts
+        into tiles what is alone."""
+        return _COUNTS_OF_ROWS in self._processor.image_processor.model_input_names
+
+    def expand(self, width: int, height: int, *, several: bool = False) -> str:
         """The text that takes the place of an image of this size: the processor's own, for a blank one.
 
         Raises ValueError for a shape that the processor does not take.
         """
-        size = width, height
-        if size not in self._expanded:
-            from PIL import Image as pillow
-
-            blank = pillow.new("RGB", size)
+        key = width, height, several and self.sees_several
+        if key not in self._expanded:
             if len(self._expanded) == MOST_EXPANDED:
                 self._expanded.clear()
-            try:
-                with silence_transformers():
-                    _, (self._expanded[size],) = self._processor._process_images([blank], **self._options)
-            except _REFUSALS as error:
-                why = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-                raise ValueError(f"the model's processor refuses {width} × {height} pixels: {why}.") from error
-        return self._expanded[size]
+            _, self._expanded[key] = self._prepared(_blank(width, height), several=key[2])
+        return self._expanded[key]
 
-    def pixels(self, picture: Image) -> Mapping[str, Tensor]:
-        """The image as the model reads it, alone: arguments of its `get_image_features`."""
-        with silence_transformers():
-            made = self._processor.image_processor([picture], **{**self._options, "return_tensors": "pt"})
-        return {key: made[key] for key in _KEPT_ARGUMENTS if key in made}
+    def pixels(self, picture: Image, *, several: bool = False) -> Mapping[str, Tensor]:
+        """The image as the model reads it, alone: arguments of its `get_image_features`, and counts besides.
+
+        Raises ValueError as `expand`.
+        """
+        made, _ = self._prepared(picture, several=several and self.sees_several, return_tensors="pt")
+        return {key: value for key, value in made.items() if isinstance(value, Tensor)}
+
+    def _prepared(self, picture: Image, *, several: bool, **options: Any) -> tuple[Mapping[str, Any], str]:
+        """The processor's answer for an image, and the text in its place. Where it `sees_several` one of them
+        gets a blank one next to it in its row, which is left out of the answer.
+
+        Raises ValueError for a shape that it does not take.
+        """
+        row = [picture, _blank(1, 1)] if several else [picture]
+        try:
+            with silence_transformers():
+                made, texts = self._processor._process_images(
+                    [row] if self.sees_several else row, **{**self._options, **options}
+                )
+        except _REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
+            why = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            size = f"{picture.width} × {picture.height} pixels"
+            raise ValueError(f"the model's processor refuses {size}: {why}.") from error
+        if several:
+            made = {key: value if key == _COUNTS_OF_ROWS else value[:1] for key, value in made.items()}
+        return made, texts[0]
+
+    def measure(self, width: int, height: int) -> Measures:
+        """Measure an image of this size, alone in its row. Raises ValueError for one that is not read."""
+        text = self.expand(width, height)
+        pixels = self.pixels(_blank(width, height))["pixel_values"]
+        tiles = prod(pixels.shape[:-3]) if pixels.ndim > 3 else 1
+        word = self._processor.tokenizer.convert_ids_to_tokens(self.token_id)
+        return Measures(numbers=pixels.numel(), tiles=tiles, tokens=text.count(word))
 
     @cached_property
     def _options(self) -> dict[str, Any]:
@@ -143,7 +197,7 @@ def _build(folder: Path, name: str) -> Any:
 
     Raises ImportError for a release of transformers that builds processors in another way.
     """
-    module: Any = import_module(f"transformers.models.{_PROCESSORS[name]}.processing_{_PROCESSORS[name]}")
+    module = _module(f"transformers.models.{_PROCESSORS[name]}", _PROCESSORS[name])
     plain: Any = getattr(module, name)
     if not hasattr(plain, "replace_image_token"):
         raise ImportError("images need transformers 5.24 or a newer one")
@@ -154,8 +208,31 @@ def _build(folder: Path, name: str) -> Any:
     images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     settings, _ = plain.get_processor_dict(folder, local_files_only=True)
     parts = {"image_processor": images, "tokenizer": tokenizer, "video_processor": None}
-    args = [parts[attribute] for attribute in plain.get_attributes()]
+    args = [parts.get(attribute) for attribute in plain.get_attributes()]  # nothing here hears
     return without_checks.from_args_and_dict(args, settings)
+
+
+def _module(package: str, name: str) -> Any:
+    """The module of a processor. Pixtral's takes the size of an image from the resizer for torchvision as it is
+    read: where that cannot be imported, the resizer for Pillow, which computes the same, takes its place meanwhile.
+    """
+    try:
+        return import_module(f"{package}.processing_{name}")
+    except ModuleNotFoundError as missing:
+        if missing.name != "torchvision":
+            raise
+    resizer = f"{package}.image_processing_{name}"
+    sys.modules[resizer] = import_module(f"{package}.image_processing_pil_{name}")
+    try:
+        return import_module(f"{package}.processing_{name}")
+    finally:
+        del sys.modules[resizer]
+
+
+def _blank(width: int, height: int) -> Image:
+    from PIL import Image as pillow
+
+    return pillow.new("RGB", (width, height))
 
 
 def is_seeing(config: Any) -> bool:
@@ -165,28 +242,31 @@ def is_seeing(config: Any) -> bool:
 
 _TOWERS = ("vision_tower", "vision_model", "visual")
 _MERGER = "merger"
-"""Qwen's projector, a module inside its tower."""
+"""Qwen's projectors, modules inside its tower: one, and in Qwen3-VL more for the vectors of inner layers."""
+_HEARING = "audio"
 
 
 def part_modules(model: torch.nn.Module) -> dict[str, list[str]]:
-    """Names of modules of a model that sees, by the words for its parts: language,
+    """Names of modules and single weights of a model that sees, by the words for its parts: language,
     projector, vision. Empty for others.
 
-    The projector is what lies beside the tower and the language model, or the merger inside a tower.
+    The projector is what lies between the tower and the language model, or the mergers inside a tower. What a
+    model hears with (Gemma 4) is in no part: it stays as it is.
     """
     if not is_seeing(getattr(model, "config", None)):
         return {}
     names = {id(module): name for name, module in model.named_modules()}
     body: Any = model.base_model
     language, output = text_part(model), model.get_output_embeddings()  # type: ignore[operator]
-    parts: dict[str, list[str]] = {"language": [names[id(language)], names[id(output)]], "projector": [], "vision": []}
+    single = [f"{names[id(body)]}.{name}" for name, _ in body.named_parameters(recurse=False)]
+    parts = {"language": [names[id(language)], names[id(output)]], "projector": single, "vision": []}
     for name, module in body.named_children():
-        if module is language:
+        if module is language or _HEARING in name:
             continue
-        inner = dict(module.named_children())
-        if name in _TOWERS and _MERGER in inner:
-            parts["projector"].append(names[id(inner[_MERGER])])
-            parts["vision"] += [names[id(child)] for key, child in inner.items() if key != _MERGER]
+        inner = dict(module.named_children()) if name in _TOWERS else {}
+        if mergers := [key for key in inner if _MERGER in key]:
+            parts["projector"] += [names[id(inner[key])] for key in mergers]
+            parts["vision"] += [names[id(child)] for key, child in inner.items() if key not in mergers]
         else:
             parts["vision" if name in _TOWERS else "projector"].append(names[id(module)])
     return parts

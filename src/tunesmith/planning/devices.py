@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from tunesmith.environment import for_child, python_words, resident_bytes
 from tunesmith.errors import InputError
 from tunesmith.models.card import free_bytes, in_use, prepare_allocator
+from tunesmith.models.machine import free_on_processor
 
 GB = 10**9
 EFFICIENCY = 0.4
@@ -47,8 +47,6 @@ BUSY_S = 0.2
 """Seconds for which other programs are watched."""
 WRITTEN_PIECE, WRITTEN_PIECES = 2**20, 64
 """Bytes of a piece of the file that is timed, and pieces."""
-NAMED_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Linux's control groups, and which of them this process is in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,31 +168,12 @@ def room(device: str) -> int:
     """Bytes that this process may hold: what is free now, and what it holds already."""
     if torch.device(device).type == "cuda":
         return free_bytes(device) + CUDA_CONTEXT  # which is held already, too
-    return min(_memory_free(), _group_free()) + resident_bytes()
+    return free_on_processor() + resident_bytes()
 
 
 def share_of_room(kind: str, room: int, processes: int) -> int:
     """Bytes for one of several processes on one machine: each has its card; a processor's memory is shared."""
     return (room - resident_bytes()) // processes + resident_bytes() if kind == "cpu" else room
-
-
-def _memory_free() -> int:
-    """Bytes that the system can give without swapping."""
-    return int(psutil.virtual_memory().available)
-
-
-def _group_free() -> int:
-    """Bytes that the control groups of this process leave (a container, a job of Slurm or systemd), one inside
-    the other; cached files can be given up."""
-    free, group = 2**63, NAMED_GROUPS
-    with suppress(OSError):
-        group /= "".join(re.findall(r"^0::/(.*)", OWN_GROUP.read_text("utf-8"), re.M))
-    for folder in (group, *group.parents):
-        with suppress(OSError, ValueError):  # no such limit, or "max"
-            most, now = (int((folder / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
-            free = min(free, most - now + int(stat.get("inactive_file", 0)))
-    return free
 
 
 def written(folder: Path) -> float:

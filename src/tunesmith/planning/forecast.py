@@ -32,14 +32,16 @@ from tunesmith.planning import drawn
 from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
+from tunesmith.planning.tower import Shown, Tower
 from tunesmith.recipe.schema import CheckpointOptions, EvaluationOptions, Recipe, resolved
 from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.tasks.task import Task
 from tunesmith.types import HeadName, JsonObject, Layout, ModelKind
 
-Kind = Literal["starting", "teaching", "training", "measuring", "answering", "grading", "saving", "finishing"]
+Kind = Literal["starting", "teaching", "training", "seeing", "measuring", "answering", "grading", "saving", "finishing"]
 """Kinds of work in a run; docs/guide/planning.md has a table of what is counted for each."""
-WORK_KINDS: tuple[Kind, ...] = get_args(Kind)
+WORK_KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "seeing")
+"""Kinds of work in every run: where rows have images, `seeing` is another."""
 SPREAD = 0.5
 """Share by which a total by formula alone may be off, either way."""
 MOVED = 13
@@ -154,6 +156,8 @@ class Forecaster:
     """Tokens of the general text; 0 if it is not measured."""
     grade: float = 0.0
     """Seconds that a grade takes of a run, see `drawn.grade_seconds`."""
+    shown: Shown | None = None
+    """The images of the rows; None: they have none."""
     _sizes: dict[str, tuple[Sizes, nn.Module]] = field(default_factory=dict)
     _steps: dict[tuple[str, int], tuple[StepSampler, Heavy, Load]] = field(default_factory=dict)
 
@@ -197,6 +201,8 @@ class Forecaster:
                 device=self.device,
                 base=base,
                 others=self.others,
+                shown=self.shown,
+                images=sum(len(self.rows.store.images_at(row)) for row in heavy.rows),
                 answered=max(self._drawn_tokens(draws), kept_tokens),
             ),
             duration=duration,
@@ -244,6 +250,12 @@ class Forecaster:
         price |= {"teaching": others.listed, "grading": others.grade}
         settings: dict[str, Any] = {"steps": steps, "general_tokens": self.general_tokens, "prompts": prompts}
         counted = counts(recipe, self.rows, self.head, **settings, layout=sampler.layout, of_step=load.tokens)
+        if self.shown is not None and sizes.tower is not None:
+            rows = float(sampler.weights_I.sum()) / sampler.steps_per_epoch / sampler.part[1]
+            held = int(self.rows.held_store.lengths[self.rows.held_rows].sum())
+            known = {"evaluations": evaluations_of(recipe, steps), "held_tokens": held}
+            in_step = self.shown.trained * rows
+            sizes.tower.add_passes(self.shown, self.device, counted, price, in_step=in_step, **known)
         return Duration(counted, price, busy=self.device.busy)
 
     def _drawn_tokens(self, draws: drawn.Draws | None) -> int:
@@ -269,9 +281,9 @@ class Forecaster:
         is measured."""
         key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r} {recipe.shard}"
         if key not in self._sizes:
-            self._sizes[key] = sizes_of(
-                recipe, self.located, head=self.head, labels=self.rows.labels, store=self.rows.store
-            )
+            what: dict[str, Any] = {"head": self.head, "labels": self.rows.labels, "store": self.rows.store}
+            sizes, model = sizes_of(recipe, self.located, **what)
+            self._sizes[key] = replace(sizes, tower=Tower.of(model)), model
         sizes, model = self._sizes[key]
         steps_key = (key, resolved(recipe.train.tokens_per_pass))
         if steps_key not in self._steps:
@@ -377,6 +389,13 @@ def answered_at_once(evaluation: EvaluationOptions, rows: Splits, sampler: StepS
     return min(size, max(1, resolved(evaluation.samples)), len(rows.held_rows))
 
 
+def evaluations_of(recipe: Recipe, steps: int) -> int:
+    """Times that the held-out rows are measured."""
+    every = recipe.evaluation.every
+    assert not isinstance(every, str), "it is decided with the steps"
+    return 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
+
+
 def counts(
     recipe: Recipe,
     rows: Splits,
@@ -390,9 +409,7 @@ def counts(
 ) -> dict[Kind, float]:
     """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured.
     `prompts`: those that are answered together; `of_step`: tokens of a device in a mean step."""
-    every = recipe.evaluation.every
-    assert not isinstance(every, str), "it is decided with the steps"
-    evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
+    evaluations = evaluations_of(recipe, steps)
     devices = resolved(recipe.devices)  # among which rows are dealt; the first one computes a reference
     held, trained = rows.held_store.lengths[rows.held_rows], rows.store.lengths[rows.train_rows]
     task = TASKS[resolved(recipe.task)]

@@ -1,8 +1,9 @@
 """Peak memory by formula. It is an estimate: docs/guide/planning.md says what it counts.
 
-    peak = runtime + weights + master weights + optimizer + the larger of these, + unused reserve
+    peak = runtime + weights + master weights + optimizer + vectors of images + the larger of these, + unused reserve
 
     step    gradients of the micro-batches before + activations kept + one layer at work + logits in pieces
+    images  gradients of the micro-batches before + the vision tower at work on one of them
     update  gradients + one layer at work
     look    one layer at work + logits of the rows that are measured, in pieces where the loss is fused
             + keys and values of prompts that are answered together
@@ -36,6 +37,7 @@ from tunesmith.models.fused_loss import (
     chunk_on_card,
     output_layer_of,
 )
+from tunesmith.models.image_features import sees_as_before
 from tunesmith.models.modes import layers_of, silence_transformers
 from tunesmith.models.packing_check import recurrent_layer
 from tunesmith.models.quantized_experts import fits
@@ -43,6 +45,7 @@ from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.size import meta_model
 from tunesmith.optim import Optimizer
 from tunesmith.planning.devices import CUDA_CONTEXT, Device
+from tunesmith.planning.tower import ImageBytes, Shown, Tower, room_for_images
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName, JsonObject, Labels
 
@@ -108,6 +111,8 @@ class Sizes:
     """Numbers of a token and layer that are not kept on a processor: answers of norms, computed again."""
     softcap: bool = False
     """Scores are squashed, so that all of them are kept."""
+    tower: Tower | None = None
+    """The vision tower of a model that sees."""
 
     @property
     def gradients(self) -> int:
@@ -153,6 +158,8 @@ class Memory:
     optimizer: int = 0
     activations: int = 0
     logits: int = 0
+    images: int = 0
+    """Vectors of images that are kept."""
     other_models: int = 0
     """Weights of models that grade or teach."""
     runtime: int = 0
@@ -194,7 +201,7 @@ def sizes_of(
     computing = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     masters = sum(tensor.nbytes for tensor in attachment.trained.values() if id(tensor) not in computing)
     state = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors).state_bytes()
-    below = attachment.trains_token_rows or _learns(model.get_input_embeddings())
+    below = attachment.trains_token_rows or _learns(model.get_input_embeddings()) or not sees_as_before(model)
     first = 0 if below else next((i for i, layer in enumerate(stack) if _learns(layer)), len(stack))
     output = model.get_output_embeddings()
     linear_weights = sum(weight.numel() for weight in linears) + experts.met
@@ -321,11 +328,14 @@ def peak(
     base: int,
     answered: int = 0,
     others: int = 0,
+    shown: Shown | None = None,
+    images: int = 0,
 ) -> Memory:
     """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill
     passes where a step has too few; `recomputed`: number of layers recomputed in the backward pass;
     `base`: bytes already in use; `answered`: tokens whose keys and values are kept for answers;
-    `others`: weights of other models."""
+    `others`: weights of other models; `shown`: images of the run, `images` of them in the heaviest one."""
+    seen = _image_bytes(sizes, shown, images, device)
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
     if device.kind == "mps":  # torch has no attention there that forms its weights again for the backward pass
@@ -337,7 +347,7 @@ def peak(
     layer -= sizes.itemsize * load.tokens * sizes.again if is_cpu else 0
     at_work = int(AT_WORK * used) + (layer if recomputed else 0)
     kept_layers = max(0, sizes.layers - max(recomputed, sizes.first)) * layer
-    activations = kept_layers + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work
+    activations = kept_layers + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work + seen.activations
     logits, of_output = _logits(sizes, load.targets, device)
     gradients = of_output + (sizes.gradients if heavy.accumulating else 0)
     # In bfloat16 small compiled products lie between the blocks of training, so that its memory does not go
@@ -350,6 +360,7 @@ def peak(
     moments = [
         (gradients, activations, logits),
         (sizes.gradients, at_work, 0),
+        (sizes.gradients if heavy.accumulating else 0, seen.at_work, 0),
         (0, int(AT_WORK * sizes.itemsize * look.tokens * sizes.features / sizes.layers) + kept_keys, read),
     ]
     gradients, activations, logits = max(moments, key=sum)
@@ -362,10 +373,18 @@ def peak(
         optimizer=sizes.optimizer,
         activations=activations,
         logits=logits,
+        images=seen.kept if is_cpu else 0,  # they lie beside the processor
         other_models=others,
         runtime=base + runtime,
         unused_reserve=left if is_cpu else int(CUDA_UNUSED * tensors),
     )
+
+
+def _image_bytes(sizes: Sizes, shown: Shown | None, images: int, device: Device) -> ImageBytes:
+    if shown is None or sizes.tower is None:
+        return ImageBytes()
+    room = room_for_images(device)
+    return sizes.tower.memory(shown, room, images=images, itemsize=sizes.itemsize, kept=sizes.kept)
 
 
 def _logits(sizes: Sizes, targets: int, device: Device) -> tuple[int, int]:

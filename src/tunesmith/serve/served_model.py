@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ from tunesmith.models.pooling import pool
 from tunesmith.recipe.schema import Limits
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, ImageRef, Part, Pooling, Problem, Row, Source
+from tunesmith.types import BatchImage, Example, ImageRef, Part, Pooling, Problem, Row, Source
+
+PREPARED_BYTES = 32 * 2**20
+"""Most that prepared images of a request may take while it waits."""
 
 
 @dataclass
@@ -80,7 +83,7 @@ class ServedModel:
             max_new_tokens=self._max_new_tokens(request, len(prompt), options),
             stop_ids=frozenset(self.renderer.stop_ids),
             strip=not TASKS[self.renderer.task_name].raw_text,
-            images=self.renderer.batch_images([[image for _, _, image in images]]) if images else (),
+            images=self._shown(images) if images else (),
             grammar=None if request.json_schema is None else self.grammars.compile(request.json_schema),
         )
 
@@ -106,6 +109,22 @@ class ServedModel:
                 raise RequestError(words, code=bad.code, param="messages") from bad
             images.append((message, place, image))
         return images
+
+    def _shown(self, images: Sequence[tuple[int, int, ImageRef]]) -> tuple[BatchImage, ...]:
+        """The images of a request, each prepared once before anything waits for it: the step that reads a prompt
+        has answers of others in it. What is more than `PREPARED_BYTES` is prepared again there. Raises RequestError.
+        """
+        shown, left = list[BatchImage](), PREPARED_BYTES
+        all_images = self.renderer.batch_images([[image for _, _, image in images]])
+        for (message, _, _), image in zip(images, all_images, strict=True):
+            try:
+                pixels = image.pixels()
+            except (DataError, ValueError) as error:
+                words = f"messages[{message}]: its image cannot be prepared: {error}"
+                raise RequestError(words, code="damaged_image", param="messages") from error
+            left -= sum(tensor.nbytes for tensor in pixels.values())
+            shown.append(image if left < 0 else replace(image, pixels=partial(dict, pixels)))
+        return tuple(shown)
 
     def prompt_ids(self, request: GenerationRequest, images: Sequence[tuple[int, int, ImageRef]] = ()) -> list[int]:
         """The ids that the model reads, from the code that rendered the training rows. Raises RequestError."""

@@ -106,9 +106,10 @@ def _pieces(model: nn.Module, batch: Batch, output: OutputLayer | None) -> Itera
 
 def losses_of(terms: Terms) -> Losses:
     """Losses by a teacher; of a text its tokens are measured."""
-    settings: dict[str, Any] = {"options": terms.recipe.distil, "vocabulary": terms.vocabulary, "output": terms.output}
+    options, output = terms.recipe.distil, terms.output
+    settings: dict[str, Any] = {"options": options, "vocabulary": terms.vocabulary, "output": output}
     return Losses(
         partial(listed_loss_sum, **settings),
         partial(listed_measure, **settings),
-        text_measure=partial(token_measure, output=terms.output),
+        text_measure=partial(token_measure, output=output),
     )

@@ -41,7 +41,8 @@ def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, 
     prompts, is_packed = prompts_of(setup, name), setup.sampler.layout == "packed"
     if not prompts or not is_packed or setup.world.is_sharded or setup.rows.held_store.branches.has_any:
         return None
-    wanted = {row: len(prompts[index].ids) for index, row in rows_of(prompts, setup).items()}
+    texts = [sample for sample in prompts if not sample.images]  # what comes behind an image is decoded apart
+    wanted = {row: len(texts[index].ids) for index, row in rows_of(texts, setup).items()}
     return Continuation(writer_of(setup), setup.task, wanted, tick=partial(tick, "answer"))
 
 

@@ -318,19 +318,19 @@ class Drawing:
     def _refuse_ungraded(self, groups: Sequence[Group], step: int) -> None:
         grades = [grade for group in groups for grade in group.grades]
         failed = [grade for grade in grades if grade.reward is None]
-        cut = sum(not answer.ended for group in groups for answer in group.answers)
-        if len(failed) > (1 - LEAST_GRADED) * len(grades):
+        cut, num = sum(not answer.ended for group in groups for answer in group.answers), len(grades)
+        if len(failed) > (1 - LEAST_GRADED) * num:
             first, kinds = failed[0], Counter(grade.kind for grade in failed)
-            words = ", ".join(f"{FAILURES[kind]} ({num:,})" for kind, num in kinds.most_common() if kind)
+            words = ", ".join(f"{FAILURES[kind]} ({times:,})" for kind, times in kinds.most_common() if kind)
             raise UngradedError(
-                f"step {step}: {len(failed):,} of {plural(len(grades), 'answer')} have no reward: {words}. The first: "
+                f"step {step}: {len(failed):,} of {plural(num, 'answer')} have no reward: {words}. The first: "
                 f"{first.error[-500:]}. The update was not made."
             )
         if not any(group.scored for group in groups):
             raise UngradedError(
-                f"step {step}: {cut:,} of {plural(len(grades), 'answer')} were cut at reinforce.max_new_tokens, and "
-                "reinforce.cut is drop: none is left to learn from. The update was not made. Raise the one or leave "
-                "out the other."
+                f"step {step}: {cut:,} of {plural(num, 'answer')} were cut at reinforce.max_new_tokens, and "
+                "reinforce.cut is drop: none is left to learn from. The update was not made. Raise the one or "
+                "leave out the other."
             )
 
 

@@ -30,6 +30,7 @@ from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
 from tunesmith.generation.writer import written_together
+from tunesmith.models.image_features import kept_vectors
 from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.drawn import draws_of
@@ -211,6 +212,8 @@ def measure(setup: Setup, folder: Path, result: Found) -> Iterator[None]:
     if (rows := _measure_rows(setup)) is not None:
         result.work["measuring"] = rows
         yield
+    if (eyes := kept_vectors(setup.model)).seconds:
+        result.work["seeing"] = Timed(eyes.seconds, eyes.computed)
     if setup.samples:
         result.work["answering"] = _answer(setup)
         yield
@@ -240,15 +243,16 @@ def _take_steps(setup: Setup, result: Found) -> Iterator[None]:
     mean = float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch
     others = [step for step in range(1, min(steps, STEPS_LOOKED_AT) + 1) if step != heavy.step]
     usual = sorted(others, key=lambda step: abs(sum(setup.rows.store.lengths[sampler.rows(step)]) - mean))[:MORE]
-    draws = draws_of(setup.recipe)
+    draws, eyes = draws_of(setup.recipe), kept_vectors(setup.model)  # an image is seen once in a run, not in each step
     spent, of_draw = 0.0, draws.steps if draws else 1
     result.draws = of_draw if draws else 0
     for number, wanted in enumerate([heavy.step, *usual]):
         before = wanted - 1 - (wanted - 1) % of_draw  # steps that share a draw are made together
+        seeing = eyes.seconds
         for event in islice(training_steps(setup, start=before), of_draw):
             if (halved := event.values.get("tokens_per_pass")) is not None:
                 result.notes.append(f"memory ended in step {event.step}: its passes had to be of {halved:,} tokens")
-            seconds = event.timing["seconds"]
+            seconds, seeing = event.timing["seconds"] - (eyes.seconds - seeing), eyes.seconds
             result.steps.append(Timed(seconds, event.values["tokens"], step=event.step))
             if setup.drawing is not None and draws and "draw" in event.timing:
                 _add(result, "answering", Timed(event.timing["draw"], draws.words()))
@@ -295,10 +299,10 @@ def _measure_rows(setup: Setup) -> Timed | None:
     heavy = max(passes, key=lambda members: float(targets_I[list(members)].sum()))
     probed = [heavy, *passes[:: max(1, len(passes) // LOOKS)][:LOOKS]]
     for number, members in enumerate(probed):
-        began = time.perf_counter()
+        began, seeing = time.perf_counter(), kept_vectors(setup.model).seconds
         predict_rows(setup.model, setup.task, collator, members, tokens_per_pass=sampler.tokens_per_pass)
         if number:
-            seconds += time.perf_counter() - began
+            seconds += time.perf_counter() - began - (kept_vectors(setup.model).seconds - seeing)
             tokens += int(collator.store.lengths[list(members)].sum())
         if seconds > LOOKS_S:
             break

@@ -43,12 +43,13 @@ from tunesmith.planning.drawn import grade_seconds
 from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster, measured_tokens
 from tunesmith.planning.memory import TORCH_DTYPES
+from tunesmith.planning.tower import Shown
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.tasks.distil import DISTIL
-from tunesmith.training.image_parts import decide_seeing
+from tunesmith.training.image_parts import decide_seeing, forecast_notes
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import as_answers, streams_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
@@ -245,8 +246,7 @@ def _forecast(
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
     can_split = recipe.shard == "auto" and not rows.is_prompts and not why_whole(recipe, inputs.located, inputs.kind)
-    if recipe.shard == "auto":
-        recipe = with_options(recipe, {"shard": False})
+    recipe = with_options(recipe, {"shard": False}) if recipe.shard == "auto" else recipe
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
     speaks = resolved(recipe.evaluation.general) and _speaks(inputs)
     forecaster = Forecaster(
@@ -260,6 +260,7 @@ def _forecast(
         others=other_models,
         general_tokens=sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if speaks else 0,
         grade=grade_seconds(graders.load(recipe.grader_at)) if rows.is_prompts else 0.0,
+        shown=Shown.of(rows, inputs.renderer.placeholders),
     )
     whole, predict, longest = recipe, forecaster.forecast, int(rows.store.lengths[rows.train_rows].max())
     recipe, fitted, forecast = fit(whole, predict, longest=longest, free_tokens=free_tokens)
@@ -283,6 +284,7 @@ def _forecast(
     if not rows.is_prompts:  # which are several answers each
         notes.extend(_few_rows(resolved(recipe.train.rows_per_step), size, forecast))
     decisions.decide(*fitted)
+    notes += forecast_notes(forecast, forecaster.shown)
     return forecast
 
 

@@ -16,7 +16,6 @@ import orjson
 import torch
 from torch import Tensor
 
-from tunesmith.data.branches import lines_of
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import InputError
 from tunesmith.methods import restore
@@ -30,7 +29,8 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.tasks import TASKS
 from tunesmith.training.loop import training_steps
-from tunesmith.training.setup import Setup, packed_agrees, prepare
+from tunesmith.training.packed_rows import packed_agrees
+from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.step import step_loss
 from tunesmith.types import JsonObject, TaskName
 
@@ -127,9 +127,8 @@ def _task_of(located: ModelRef, template: str | None) -> TaskName:
 
 
 def _packing(setup: Setup) -> Proof:
-    rows = [lines_of(setup.rows.store.row(int(i)))[-1] for i in setup.rows.train_rows[:4]]
     plain = setup.recipe.kernels == "plain"
-    agreement = packed_agrees(setup.model, setup.kind, rows, tokenizer=setup.renderer.tokenizer, plain=plain)
+    agreement = packed_agrees(setup.model, setup.kind, setup.rows, renderer=setup.renderer, plain=plain, num=4)
     if setup.sampler.layout != "packed":
         return Proof("rows do not see each other", True, f"padded batches are used: {agreement.reason}")
     allowed = TOLERANCES[setup.model.dtype]

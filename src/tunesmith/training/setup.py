@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel
 
 from tunesmith.data import sampler
-from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import Collator, Masking, pads_to_multiple
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.renderer import Renderer
@@ -36,7 +35,7 @@ from tunesmith.models.fused_loss import OutputLayer, find_output_layer, output_l
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
-from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
+from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.quantized import num_weights
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.special_tokens import pad_id, resize_embeddings, without_vector
@@ -54,14 +53,15 @@ from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.training.draw import Drawing
-from tunesmith.training.image_parts import PADDED, seeing_notes
+from tunesmith.training.image_parts import seeing_notes
 from tunesmith.training.inputs import Inputs
+from tunesmith.training.packed_rows import PACKED, packed_agrees
 from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.training.taught_answers import taught_by
 from tunesmith.training.teacher import Teacher
-from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress, Row
+from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress
 
 PROBED = 3
 """Number of training rows that are tried before the first step: for float16, and packed together."""
@@ -361,24 +361,14 @@ def _layout(model: PreTrainedModel, rows: Splits, inputs: Inputs, *, plain: bool
     layout, *slower_layouts = layouts_of(inputs.kind)
     if not slower_layouts:
         return layout, []
-    if rows.has_images:
-        return slower_layouts[0], [Aside(PADDED)]
-    probe_rows = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:PROBED]]
-    agreement = packed_agrees(model, inputs.kind, probe_rows, tokenizer=inputs.renderer.tokenizer, plain=plain)
+    agreement = packed_agrees(model, inputs.kind, rows, renderer=inputs.renderer, plain=plain, num=PROBED)
     if agreement.ok:
         attention.use_packed_attention(model, plain=plain)
         kernels = ", ".join(agreement.kernels)
-        return layout, [Aside(f"attention: {kernels}, which a probe here found right")] if kernels else []
+        notes = [Aside(f"attention: {kernels}, which a probe here found right")] if kernels else []
+        return layout, [*notes, *([Aside(PACKED)] if rows.has_images else [])]
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return slower_layouts[0], [Aside(note)]
-
-
-def packed_agrees(
-    model: PreTrainedModel, kind: ModelKind, rows: Sequence[Row], *, tokenizer: Any, plain: bool
-) -> PackingCheck:
-    """Whether the model answers the same for packed rows as for each row alone."""
-    has_types = kind == "encoder" and has_token_types(model, tokenizer)
-    return check_packing(model, kind, rows, has_types=has_types, plain=plain)
 
 
 def _drawing(plan: ResolvedRun, attachment: Attachment, output: OutputLayer | None, *, shares: bool) -> Drawing | None:

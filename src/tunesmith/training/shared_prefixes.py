@@ -76,12 +76,13 @@ def decide_sharing(
     recipe: Recipe, inputs: Inputs, store: RowStore, model: PreTrainedModel, sampler: StepSampler
 ) -> Choice | None:
     """Whether shared prefixes are computed once; None where they cannot be: only in packed batches of a causal
-    model without token types. A model with weights must answer and learn the same too."""
+    model without token types, and without images. A model with weights must answer and learn the same too."""
     if (
         inputs.kind != "causal"
         or inputs.head == "vector"
         or sampler.layout != "packed"
         or has_token_types(model, inputs.renderer.tokenizer)
+        or store.images is not None  # ids alone make every image alike
     ):
         return None
     samples = TASKS[resolved(recipe.task)].samples
