@@ -42,7 +42,7 @@ def test_a_run_of_the_command_line_is_seen_and_stopped(
             run.append(Event("step", 31, time.time(), {"loss": 0.4321, "lr": 1e-4}, {"seconds": 1.0}))
             page.get_by_text("loss 0.4321").wait_for()
             assert page.locator("#as-table").evaluate("fold => fold.open"), "what was unfolded stays"
-            page.wait_for_timeout(800)  # the curve is loaded every two seconds, a twelfth of that here
+            page.wait_for_timeout(800)  # the curve is loaded again with the page, several times here
             page.focus("#curve")
             page.keyboard.press("ArrowLeft")
             page.get_by_text("step 31 · training 0.4321").wait_for()
