@@ -168,7 +168,9 @@ def test_an_embedder_ranks_texts_for_a_query(opened: Callable[..., Any], heard: 
     assert heard == []
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (360, "dark"), slow((1200, "light")), (2560, "light")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(320, "dark"), slow((360, "dark")), slow((1200, "light")), (2560, "light")]
+)
 def test_pages_fit_their_window_and_can_be_hit(
     opened: Callable[..., Any], heard: list[str], states: tuple[Any, str], width: int, scheme: str
 ) -> None:
