@@ -137,6 +137,7 @@ def test_from_a_file_to_a_program_by_keys_alone(
 ) -> None:
     """J1, and the keyboard's part of J15."""
     settings = {"method.name": "lora", "evaluation.surprising": 0, "evaluation.general": "false"}
+    settings |= {"precision": "float32"}  # in bfloat16 the best two words can be as good as each other
     if kind == "tiny":
         fork_children(monkeypatch)
         model, lines = model_folder(tmp_path / "model"), chats(tmp_path / "good.jsonl", 24).read_text().splitlines(True)
