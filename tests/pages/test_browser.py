@@ -42,7 +42,7 @@ def test_a_run_of_the_command_line_is_seen_and_stopped(
             run.append(Event("step", 31, time.time(), {"loss": 0.4321, "lr": 1e-4}, {"seconds": 1.0}))
             page.get_by_text("loss 0.4321").wait_for()
             assert page.locator("#as-table").evaluate("fold => fold.open"), "what was unfolded stays"
-            page.wait_for_timeout(800)  # the curve is loaded every two seconds, a twelfth of that here
+            page.wait_for_timeout(800)  # the curve is loaded again with the page, several times here
             page.focus("#curve")
             page.keyboard.press("ArrowLeft")
             page.get_by_text("step 31 · training 0.4321").wait_for()
@@ -168,7 +168,9 @@ def test_an_embedder_ranks_texts_for_a_query(opened: Callable[..., Any], heard: 
     assert heard == []
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (360, "dark"), slow((1200, "light")), (2560, "light")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(320, "dark"), slow((360, "dark")), slow((1200, "light")), (2560, "light")]
+)
 def test_pages_fit_their_window_and_can_be_hit(
     opened: Callable[..., Any], heard: list[str], states: tuple[Any, str], width: int, scheme: str
 ) -> None:

@@ -17,10 +17,10 @@ import pytest
 from evaluation.fake_runs import fake_run
 from pages.sites import entered, put_states, serving, site_in
 from serve.running import wait_for
-from tunesmith.cli.ui import IMPORTS
 from tunesmith.pages import markup
 from tunesmith.pages.site import Site
 from tunesmith.serve.commands import CommandRunner
+from tunesmith.serve.spare import IMPORTS
 
 pytestmark = pytest.mark.pages
 MOST_BYTES = 60_000

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.pages, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = Path(os.environ.get("TUNESMITH_SMOLLM2_GGUF", ROOT / "models/SmolLM2-135M-Instruct.gguf"))
 NEEDS_SMOLLM2 = pytest.mark.skipif(not SMOLLM2.exists(), reason="make demo fetches it")
-LONG_MS = 600_000
+LONG_MS = 120_000
 BAD = ['{"messages": [{"role": "user", "content": "and then?"}]}\n', '{"broken\n']
 PROMPT = "<b>what is tallest</b>"
 IS_AT = """words => {
@@ -59,14 +59,17 @@ def press(page: Any, words: str) -> None:
 
 def drop(page: Any, file: Path) -> None:
     """From the empty list of runs to rows whose two problems are said by line."""
+    choosers: list[Any] = []
+    page.on("filechooser", choosers.append)  # before the key: else the browser opens a window of its own
     page.get_by_text("No runs yet").wait_for()
     page.keyboard.press("g")
     page.keyboard.press("d")
     page.wait_for_url("**/ui/data")
     tab_to(page, "file-to-send")
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files(file)
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(1000)
+    assert len(choosers) == 1
+    choosers[0].set_files(file)
     page.get_by_text("refused").first.wait_for()
     places = page.locator(".group a").all_inner_texts()
     assert sorted(places) == ["line 3", "line 6"]
@@ -134,6 +137,7 @@ def test_from_a_file_to_a_program_by_keys_alone(
 ) -> None:
     """J1, and the keyboard's part of J15."""
     settings = {"method.name": "lora", "evaluation.surprising": 0, "evaluation.general": "false"}
+    settings |= {"precision": "float32"}  # in bfloat16 the best two words can be as good as each other
     if kind == "tiny":
         fork_children(monkeypatch)
         model, lines = model_folder(tmp_path / "model"), chats(tmp_path / "good.jsonl", 24).read_text().splitlines(True)

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from tunesmith.serve.http import BoundSocket
     from tunesmith.serve.middleware import RequestLog
 
-IMPORTS = [
-    f"tunesmith.{name}" for name in ("cli.app", "cli.display", "data.check", "inference.load", "training.resolve")
-]
-"""Modules that a spare process of the pages imports, those without torch first."""
 LAST_REQUESTS_S = 5.0
 """Time for requests under way at the end: a page that waits asks again."""
 
@@ -63,6 +59,7 @@ def ui(
     from tunesmith.serve.commands import CommandRunner
     from tunesmith.serve.middleware import ApiKeys, read_keys
     from tunesmith.serve.sessions import Access
+    from tunesmith.serve.spare import IMPORTS
 
     keys, bound = ApiKeys.of(read_keys(key_file, os.environ)), http.bind(host, port)
     output = ServerOutput(console(stderr=as_json), quiet, as_json)

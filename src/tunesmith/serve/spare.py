@@ -15,6 +15,11 @@ from importlib import import_module
 
 from tunesmith.runs.atomic import from_json
 
+IMPORTS = [
+    f"tunesmith.{name}" for name in ("cli.app", "cli.display", "data.check", "inference.load", "training.resolve")
+]
+"""Modules that commands need, those without torch first."""
+
 
 def wait(imports: Iterable[str]) -> None:
     """Import, as long as no command is there, and be the command that comes."""
