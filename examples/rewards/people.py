@@ -33,7 +33,8 @@ def grade(sample, item):
 
 
 def has_pair(text, key, value):
-    """Whether the text has this value, in quotes or not, under this key, also in JSON that does not end."""
+    """Whether the text has this value, in quotes or not, under this key, also in JSON that does not end or with more
+    words behind a comma ("Athens, Greece")."""
     return re.search(rf'"{key}"\s*:\s*"?{re.escape(str(value))}"?\s*[,}}]', text) is not None
 
 
