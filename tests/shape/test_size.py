@@ -35,7 +35,7 @@ ROOMS = {
     "recipe": (1_945, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (
-        3_240,
+        3_245,
         "the engine's process and OpenAI's routes, images in requests; sessions, keys, commands and a spare, for pages",
     ),
     "sweeps": (850, "a run for each combination"),

@@ -116,7 +116,8 @@ def _packed_positions(body: Any, ids_1T: Tensor, is_image_1T: Tensor, grids: Ten
     """[M, 1, T]: the positions of each row alone, laid end to end."""
     sizes = torch.tensor(lengths, device=ids_1T.device)
     ids_BT, is_image_BT = (
-        pad_sequence(list(flat_1T[0].split(list(lengths))), batch_first=True) for flat_1T in (ids_1T, is_image_1T)
+        pad_sequence(list(torch.split(flat_1T[0], list(lengths))), batch_first=True)
+        for flat_1T in (ids_1T, is_image_1T)
     )
     mask_BT = (torch.arange(ids_BT.shape[1], device=ids_1T.device) < sizes[:, None]).long()
     positions_MBT, _ = body.get_rope_index(ids_BT, is_image_BT, image_grid_thw=grids, attention_mask=mask_BT)
