@@ -4,6 +4,7 @@ import io
 import json
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from often import often
 from tiny import tiny_tokenizer
@@ -180,6 +182,10 @@ def vision_folder(path: Path, family: str) -> Path:
 
     def make() -> tuple[PreTrainedModel, Any, _Files]:
         tokenizer = tiny_tokenizer(TEMPLATES[family])
+        if family == "qwen3_5":  # transformers reads its files by this class, whatever they say
+            with TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(folder)
+                tokenizer = Qwen3_5Tokenizer.from_pretrained(folder)
         tokenizer.add_special_tokens({"additional_special_tokens": list(PIECES)})
         if named := _NAMED[family]:
             tokenizer._set_model_specific_special_tokens(special_tokens=named)

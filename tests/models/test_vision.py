@@ -92,8 +92,9 @@ def own_inputs(renderer: Renderer, read: list[Example]) -> dict[str, Any]:
         "Idefics3Processor", "SmolVLMProcessor", "Gemma3Processor", "Gemma4Processor", "LlavaOnevisionProcessor"
     )  # fmt: skip
     made = processor(
-        images=pictures if nested else flat, text=texts, return_tensors="pt", padding=True, add_special_tokens=False
-    )
+        images=pictures if nested else flat, text=texts, return_tensors="pt", padding=True, padding_side="right",
+        add_special_tokens=False,
+    )  # fmt: skip
     return {key: value for key, value in made.items() if key not in ("num_crops",)}
 
 
@@ -144,6 +145,11 @@ def hand_labelled(renderer: Renderer, read: list[Example], ids_BT: torch.Tensor)
     for b, example in enumerate(read):
         for index, part in enumerate(example.parts):
             if not part.trained:
+                continue
+            if renderer.placeholders.sees_several:  # a beginning with fewer images is another text
+                answer = processor.tokenizer(f"{part.text}<|im_end|>", add_special_tokens=False).input_ids
+                (start,) = (t for t in range(len(ids_BT[b])) if ids_BT[b, t : t + len(answer)].tolist() == answer)
+                labels_BT[b, start : start + len(answer)] = ids_BT[b, start : start + len(answer)]
                 continue
             lengths = []
             for shown, prompt in ((index, True), (index + 1, False)):
