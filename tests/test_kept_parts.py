@@ -66,7 +66,7 @@ def identity_of_answers(folder: Path, **changes: Any) -> dict[str, str]:
         base_hashes={"weights": now["base"]},
         result=folder / "adapter",
         recipe=SimpleNamespace(task=now["task"], precision=now["precision"], data=data),
-        renderer=SimpleNamespace(fingerprint=now["renderer"], date=now["date"]),
+        renderer=SimpleNamespace(fingerprint=now["renderer"], date=now["date"], placeholders=None),
         packed=now["packed"],
     )
     loaded.identity = lambda: LoadedModel.identity(loaded)

@@ -72,7 +72,7 @@ def _answers(loaded: Any, prompts: Sequence[Sequence[int]], num: int, most: int)
 
     how = Draw(
         tokenizer=loaded.renderer.tokenizer, stop_ids=frozenset(loaded.renderer.stop_ids), num=num,
-        temperature=1.0, max_new_tokens=most, streams=32, strip=True,
+        temperature=1.0, max_new_tokens=most, streams=32,
     )  # fmt: skip
     with drawing(loaded.model) as decoder:
         return draw_answers(decoder, prompts, list(range(len(prompts))), how)

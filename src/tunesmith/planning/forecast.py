@@ -202,7 +202,7 @@ class Forecaster:
                 base=base,
                 others=self.others,
                 shown=self.shown,
-                images=sum(len(self.rows.store.images_at(row)) for row in heavy.rows),
+                images=sum(len(self.rows.store.images_at(row)) for row in heavy.rows) if self.shown else 0,
                 answered=max(self._drawn_tokens(draws), kept_tokens),
             ),
             duration=duration,
