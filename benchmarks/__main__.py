@@ -23,6 +23,7 @@ from benchmarks.distil import add_distil
 from benchmarks.embeddings import add_embeddings
 from benchmarks.experts import add_experts
 from benchmarks.group import add_group
+from benchmarks.images import add_images
 from benchmarks.measured import machine, versions
 from benchmarks.methods_command import add_methods
 from benchmarks.preferences import add_preferences
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     add_group(verbs)
     add_embeddings(verbs)
     add_experts(verbs)
+    add_images(verbs)
     add_methods(verbs)
     add_preferences(verbs)
     add_reinforce(verbs)

@@ -30,8 +30,8 @@ FORECAST = {
 }
 
 
-def plan(folder: Path, *more: str, code: int = 0) -> str:
-    model, data = model_folder(folder / "model"), chats(folder / "rows.jsonl", 20)
+def plan(folder: Path, *more: str, code: int = 0, arch: str = "llama") -> str:
+    model, data = model_folder(folder / "model", arch), chats(folder / "rows.jsonl", 20)
     words = ["plan", str(model), str(data), "--runs", str(folder / "runs"), "--offline"]
     words += [*more, *(() if "--probe" in more else ("--no-probe",))]
     result = CliRunner().invoke(app, words)
@@ -45,6 +45,11 @@ def test_it_tells_memory_time_disk_and_the_reason_of_each_choice(tmp_path):
         assert word in text
     assert "devices" not in text.partition("given: ")[2].partition("\n")[0], "nobody gave it"
     assert not [path for path in (tmp_path / "runs").iterdir() if path.name != ".rows"], "a plan leaves no run"
+
+
+def test_it_tells_that_experts_could_be_adapted_and_what_that_costs(tmp_path):
+    way = "have no adapter: method.targets: [all-linear, experts] adapts them, 14,336 weights more to train"
+    assert way in plan(tmp_path, "--method", "lora", arch="qwen3_moe")
 
 
 def test_for_machines_it_is_one_line_of_json(tmp_path):

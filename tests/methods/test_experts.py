@@ -277,7 +277,10 @@ def test_what_is_adapted_is_said_in_one_line() -> None:
         "what chooses experts stays as it is" in with_them
     )
     (hint,) = [text for text in attach(mixture("qwen3_moe"), LoraMethod(), seed=0).notes if "experts" in text[:12]]
-    assert hint.endswith("have no adapter: method.targets: [all-linear, experts] adapts them")
+    # Rank 8, for two of the experts that a token meets, times inputs and outputs of four experts in two layers.
+    more = 2 * 4 * 8 * ((64 + 64) + (32 + 64))
+    way = "method.targets: [all-linear, experts] adapts them"
+    assert hint.endswith(f"have no adapter: {way}, {more:,} weights more to train in {16 * more // 1024}.0 KiB")
     assert not isinstance(hint, Aside)
     assert not any("experts" in text for text in attach(tiny_model("llama", vocab_size=32), LoraMethod(), seed=0).notes)
 

@@ -192,7 +192,8 @@ def test_experts_that_are_no_linear_layers_are_said() -> None:
     attachment = attach(model, LoraMethod(), seed=0)
     assert attachment.notes == (
         "2 modules such as model.layers.0.mlp.gate are not linear layers: they have no adapter, stay frozen",
-        "the experts, 62% of the weights, have no adapter: method.targets: [all-linear, experts] adapts them",
+        "the experts, 62% of the weights, have no adapter: method.targets: [all-linear, experts] adapts them, "
+        "14,336 weights more to train in 224.0 KiB",
     )
     with pytest.raises(RecipeError, match=r"'mlp' matches no linear layer. \(model.layers.0.mlp.experts and its"):
         find_targets(tiny_model("qwen3_moe", vocab_size=32), ["mlp"])

@@ -106,7 +106,7 @@ def test_commands_in_docs_are_parsed_by_the_real_parser(page: Path, program: Any
 
 @pytest.mark.parametrize("page", USER_PAGES, ids=name_of)
 def test_settings_in_docs_are_options(page: Path) -> None:
-    pattern = r"--set ['\"]?([a-z_]+(?:\.[a-z_0-9]+)*(?:=[^\s`'\"|,;:)]*)?)"
+    pattern = r"--set ['\"]?([a-z_]+(?:\.[a-z_0-9]+)*(?:=(?:\[[^\]]*\]|[^\s`'\"|,;:)]*))?)"
     settings = [one.rstrip(".") for one in re.findall(pattern, page.read_text("utf-8"))]
     assert [f"{one}: {problem}" for one in settings if (problem := setting_problem(one))] == []
 

@@ -44,10 +44,13 @@ from tunesmith.models.heads import new_head_names
 from tunesmith.models.quantized import QuantizedLinear, num_weights
 from tunesmith.models.quantized_experts import QuantizedExperts
 from tunesmith.models.special_tokens import new_token_ids
+from tunesmith.phrases import size
 from tunesmith.recipe.methods import DoraMethod, LowRankMethod
 from tunesmith.types import Aside, Attachment
 
 MAGNITUDE = "lora_magnitude_vector"
+TRAINED_BYTES = 16
+"""Bytes of a trained weight: itself, its gradient and AdamW's two averages, in float32."""
 LoraLayer: TypeAlias = LoraLinear | ExpertLora
 
 
@@ -262,9 +265,9 @@ def _notes(
         what = f"{len(gates)} layers such as {gates[0]} choose experts"
         notes.append(Aside(f"{what}: they have no adapter but where method.targets names them"))
     if experts:
-        of_experts = [size for size in adapted if size.target.is_of_experts]
+        of_experts = [layer for layer in adapted if layer.target.is_of_experts]
         notes.append(_note_on_experts(model, settings, experts, of_experts))
-    modules_adapted = {id(size.target.module) for size in adapted}
+    modules_adapted = {id(layer.target.module) for layer in adapted}
     if unread := [target for target in unread_linears(model) if id(target.module) not in modules_adapted]:
         text = f"{len(unread)} linear layers such as {unread[0].name} are not run by text: they have no adapter"
         notes.append(Aside(text))
@@ -281,10 +284,13 @@ def _note_on_experts(
         share = sum(map(prod, shapes)) / num_weights(model)
         words = ", ".join([*settings.targets, EXPERTS])
         way = f"method.targets: [{words}] adapts them" + (" with lora" if isinstance(settings, DoraMethod) else "")
-        return f"the experts, {share:.0%} of the weights, have no adapter: {way}"
-    names = list(dict.fromkeys(size.target.name.rpartition(".")[2] for size in adapted))
-    layers = {size.target.name.rpartition(".")[0] for size in adapted}
-    ranks = " or ".join(map(str, sorted({size.rank for size in adapted})))
+        rank = usual_rank(settings.rank, experts_per_token(model.config))
+        more = sum(num_experts * rank * (outputs + inputs) for num_experts, outputs, inputs in shapes)
+        cost = f"{more:,} weights more to train in {size(TRAINED_BYTES * more)}"
+        return f"the experts, {share:.0%} of the weights, have no adapter: {way}, {cost}"
+    names = list(dict.fromkeys(layer.target.name.rpartition(".")[2] for layer in adapted))
+    layers = {layer.target.name.rpartition(".")[0] for layer in adapted}
+    ranks = " or ".join(map(str, sorted({layer.rank for layer in adapted})))
     return (
         f"adapters of rank {ranks} on {' and '.join(names)} of {shapes[0][0]} experts in each of {len(layers)} layers, "
         f"of which a token meets {experts_per_token(model.config)}; what chooses experts stays as it is"

@@ -103,6 +103,8 @@ class Sizes:
     """Bytes of layers that are split over devices: a pass joins them for the forward and the backward."""
     elsewhere: int = 0
     """Trained weights that other devices keep."""
+    notes: tuple[str, ...] = ()
+    """Notes on the method, as attached to this model."""
     cached: int = 0
     """Bytes of the keys and values of a token, in all layers."""
     less: float = 0.0
@@ -188,11 +190,10 @@ def sizes_of(
         model = meta_model(located, dtype=TORCH_DTYPES[resolved(recipe.precision)], head=head, labels=labels)
     modules = [target.module for target in inner_linears(model, unread=False)]
     features = sum(sum(shape_OI(module)) for module in modules)
-    linears = [module.get_parameter("weight") for module in modules]
+    linears = [module.get_parameter("weight") for module in (*modules, *_linear_convs(model))]
     experts = _Experts.of(model)
     saved = _saved_by_packing(model, experts) if method.quantizes else 0
     features += sum(conv.in_channels + conv.out_channels for conv in _linear_convs(model)) + experts.features
-    linears += [conv.get_parameter("weight") for conv in _linear_convs(model)]
     stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
     uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs a layer again
@@ -233,6 +234,7 @@ def sizes_of(
         can_pack=not recurrent_layer(model),
         gathered=gathered,
         elsewhere=num_trained - num_own,
+        notes=tuple(attachment.notes),
         cached=2 * layers * _key_size(config) * model.dtype.itemsize,
         softcap=bool(getattr(config, "attn_logit_softcapping", None)),
     ), model

@@ -130,7 +130,7 @@ def resolved_values(found: ResolvedRun) -> JsonObject:
         "trained_parameters": 0 if forecast is None else forecast.sizes.trained_parameters,
         "total_parameters": found.inputs.size.num_params,
         "device": _named(recipe.device if forecast is None else forecast.device.name, resolved(recipe.devices)),
-        "warnings": [*found.inputs.notes, *found.notes, *found.rows.notes],
+        "warnings": [*found.inputs.notes, *found.notes, *found.rows.notes, *(forecast.sizes.notes if forecast else ())],
         "recipe": recipe.model_dump(mode="json"),
         "forecast": None if forecast is None else forecast.values(),
     }

@@ -1,0 +1,134 @@
+"""`python -m benchmarks images`: training on rows with images.
+
+`--beside trl`: the losses of the first steps of full tuning, tower and projector too, and SFTTrainer's, on the same
+rows in the same order. `--cost`: seconds of each step where the vectors of a frozen tower are kept, and where each pass
+computes them anew, in turns, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measured import ROOT, machine, run_child, versions
+
+PEERS = ROOT / "benchmarks" / "peers"
+LOSS_WITHIN = 1e-5
+KEEPING = ("kept", "anew")
+
+
+def add_images(verbs: Any) -> None:
+    """The verb's own words."""
+    parser = verbs.add_parser("images", help="rows with images: losses beside TRL's SFTTrainer, and what a step costs")
+    add = parser.add_argument
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--beside", choices=["trl"], help="losses step by step")
+    way.add_argument("--cost", action="store_true", help="seconds of a step with LoRA, the tower frozen")
+    add("--model", required=True, nargs="+", metavar="FOLDER", help="folders of models that see")
+    add("--rows", type=Path, required=True, help="JSONL of images, prompt and completion; <image> begins each prompt")
+    add("--peer", default=str(ROOT / ".peers" / "trl" / "bin" / "python"), help="TRL's Python")
+    add("--steps", type=int, default=8)
+    add("--rows-per-step", type=int, default=4)
+    add("--lr", type=float, default=2e-4, help="constant; at 1e-3 rounding grows to 6e-5 in Gemma 3 by step 8")
+    add("--precision", default="float32", help="of what costs; losses are compared in float32")
+    add("--rounds", type=int, default=1, help="turns of each way in what costs")
+    add("--threads", type=int, default=1)
+    add("--work", type=Path, required=True, metavar="FOLDER", help="runs and results; what is there is kept")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """0: every loss agrees, or everything was measured; 1: not so, or someone failed."""
+    job = {key: value for key, value in vars(options).items() if isinstance(value, str | int | float)}
+    job |= {"rows": str(options.rows.resolve())}
+    done = []
+    for number, model in enumerate(options.model):
+        folder = options.work.resolve() / f"{number}-{Path(model).name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        of_model = {**job, "model": str(Path(model).resolve()), "folder": str(folder)}
+        found = _beside(of_model, folder, options.peer) if options.beside else _cost(of_model, folder, options.rounds)
+        if found is None:
+            return 1
+        done.append((Path(model).name, found))
+    lines, agree = compared(done) if options.beside else (list(costs(done)), True)
+    print("\n".join(lines))
+    peer = {"TRL": done[0][1]["trl"]["versions"]} if options.beside else {}
+    print(json.dumps({"machine": machine(), "ours": versions(), **peer}))
+    return int(not agree)
+
+
+def _beside(job: dict[str, Any], folder: Path, peer: str) -> dict[str, Any] | None:
+    ours = _turn(job, folder, "images_ours", sys.executable)
+    if ours is None:
+        return None
+    theirs = _turn({**job, "order": ours["order"], "ids": ours["ids"]}, folder, "trl_images", peer)
+    return None if theirs is None else {"ours": ours, "trl": theirs}
+
+
+def _cost(job: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any] | None:
+    """Of each way, what its processes found."""
+    found: dict[str, Any] = {way: [] for way in KEEPING}
+    for number in range(rounds):
+        for way in KEEPING if number % 2 == 0 else KEEPING[::-1]:
+            turn = _turn({**job, "way": way}, folder, "images_cost", sys.executable, name=f"{way}-{number}")
+            if turn is None:
+                return None
+            found[way].append(turn)
+    return found
+
+
+def _turn(job: dict[str, Any], folder: Path, script: str, python: str, *, name: str = "") -> dict[str, Any] | None:
+    """What a process has found, also in an earlier call; None: it failed, which is printed."""
+    name = name or script
+    result = folder / f"{name}.json"
+    if not result.exists():
+        given, part = folder / f"{name}-job.json", folder / f"{name}.part"
+        given.write_text(json.dumps(job), "utf-8")
+        command = [python, str(PEERS / f"{script}.py"), str(given), str(part)]
+        child = run_child(command, log=folder / f"{name}.log", settings={"OMP_NUM_THREADS": str(job["threads"])})
+        if child.code:
+            print(f"{folder.name}: {name} failed:\n{child.tail}", file=sys.stderr)
+            return None
+        found = json.loads(part.read_text("utf-8"))
+        found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}
+        result.write_text(json.dumps(found), "utf-8")
+    return json.loads(result.read_text("utf-8"))
+
+
+def compared(done: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[str], bool]:
+    """A table in Markdown, and whether all losses agree."""
+    lines = [
+        "| Model | First loss | Last loss, ours | SFTTrainer's | Largest difference of a step |",
+        "|---|---|---|---|---|",
+    ]
+    agree = True
+    for name, sides in done:
+        ours, theirs = sides["ours"]["losses"], sides["trl"]["losses"]
+        worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        agree = agree and worst <= LOSS_WITHIN
+        lines.append(f"| {name} | {ours[0]:.6f} | {ours[-1]:.6f} | {theirs[-1]:.6f} | {worst:.1e} |")
+    return lines, agree
+
+
+def costs(done: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """A table in Markdown: a first epoch computes vectors in any case."""
+    yield "| Model | Vectors | First epoch, s a step | Later epochs, s a step | Peak, GiB | Last loss |"
+    yield "|---|---|---|---|---|---|"
+    for name, ways in done:
+        for way, turns in ways.items():
+            first, later = (
+                " ".join(f"{statistics.median(_seconds(turn)[is_later]):.2f}" for turn in turns) for is_later in (0, 1)
+            )
+            peak = " ".join(f"{turn['peak_bytes'] / 2**30:.2f}" for turn in turns)
+            yield f"| {name} | {way} | {first} | {later} | {peak} | {turns[0]['losses'][-1]:.6f} |"
+
+
+def _seconds(turn: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Of the steps of the first epoch, and of later ones."""
+    steps = turn["steps_per_epoch"]
+    return turn["seconds"][:steps], turn["seconds"][steps:]
