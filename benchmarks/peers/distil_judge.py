@@ -70,10 +70,7 @@ def _answers(loaded: Any, prompts: Sequence[Sequence[int]], num: int, most: int)
     """`num` answers of a model to each prompt, drawn with the same random numbers for every model."""
     from tunesmith.generation.draws import Draw, draw_answers, drawing
 
-    how = Draw(
-        tokenizer=loaded.renderer.tokenizer, stop_ids=frozenset(loaded.renderer.stop_ids), num=num,
-        temperature=1.0, max_new_tokens=most, streams=32,
-    )  # fmt: skip
+    how = Draw.of(loaded.renderer, num=num, temperature=1.0, max_new_tokens=most, streams=32)
     with drawing(loaded.model) as decoder:
         return draw_answers(decoder, prompts, list(range(len(prompts))), how)
 
