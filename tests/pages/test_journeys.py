@@ -60,7 +60,8 @@ def press(page: Any, words: str) -> None:
 def drop(page: Any, file: Path) -> None:
     """From the empty list of runs to rows whose two problems are said by line."""
     choosers: list[Any] = []
-    page.on("filechooser", choosers.append)  # before the key: else the browser opens a window of its own
+    # Before the key, else the browser opens a window of its own; Playwright takes no method of a list.
+    page.on("filechooser", lambda chooser: choosers.append(chooser))  # noqa: PLW0108
     page.get_by_text("No runs yet").wait_for()
     page.keyboard.press("g")
     page.keyboard.press("d")
