@@ -30,7 +30,7 @@ from tunesmith.training.progress import Listener
 from tunesmith.training.trainer import train
 from tunesmith.types import Event
 
-pytestmark = [pytest.mark.pages, pytest.mark.slow]
+pytestmark = [pytest.mark.pages, pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = Path(os.environ.get("TUNESMITH_SMOLLM2_GGUF", ROOT / "models/SmolLM2-135M-Instruct.gguf"))
 NEEDS_SMOLLM2 = pytest.mark.skipif(not SMOLLM2.exists(), reason="make demo fetches it")
