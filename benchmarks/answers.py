@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import ROOT, machine, run_child, versions
+from benchmarks.measured import machine, run_peer, versions
 
-PEERS = ROOT / "benchmarks" / "peers"
 BITS = 8
 """Of a bfloat16's significand, with the one that is not stored."""
 
@@ -50,15 +49,14 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     rounds: list[dict[str, dict[str, Any]]] = []
     for number in range(options.rounds):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
-        found = {side: _turn(job, folder, f"{side}-{number}", sides[side], "answers_write") for side in order}
+        found = {side: _written(job, folder, f"{side}-{number}", sides[side]) for side in order}
         if None in found.values():
             return 1
         rounds.append(found)
     print("\n".join(timed(rounds, options.tokens)))
     for tokens in map(str, options.tokens) if options.beside else ():
         pairs = parting(*(rounds[0][side]["ids"][tokens] for side in ("other", "ours")))
-        name = f"ties-{options.precision}-{tokens}"
-        judged = _turn({**job, "pairs": pairs}, folder, name, sys.executable, "answers_ties")
+        judged = run_peer({**job, "pairs": pairs}, folder, f"ties-{options.precision}-{tokens}", "answers_ties")
         if judged is None:
             return 1
         print("\n".join(["", *tied(judged["ties"], tokens, options.num)]))
@@ -66,21 +64,11 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def _turn(job: dict[str, Any], folder: Path, name: str, python: str, script: str) -> dict[str, Any] | None:
-    """What a process has found, also in an earlier call; None: it failed, which is printed."""
-    result = folder / f"{name}.json"
-    if not result.exists():
-        given = folder / f"{name}-job.json"
-        given.write_text(json.dumps({**job, "folder": str(folder / name)}), "utf-8")
-        command = [python, str(PEERS / f"{script}.py"), str(given), str(folder / f"{name}.part")]
-        settings = {"OMP_NUM_THREADS": str(job["threads"])} | ({} if python == sys.executable else {"PYTHONPATH": ""})
-        child = run_child(command, log=folder / f"{name}.log", settings=settings)
-        if child.code:
-            print(f"{name} failed:\n{child.tail}", file=sys.stderr)
-            return None
-        found = json.loads((folder / f"{name}.part").read_text("utf-8")) | {"load_before": child.load_before}
-        result.write_text(json.dumps(found), "utf-8")
-    return dict(json.loads(result.read_text("utf-8")))
+def _written(job: dict[str, Any], folder: Path, name: str, python: str) -> dict[str, Any] | None:
+    """The answers of a turn and their seconds; None: it failed. Another interpreter has a package of its own."""
+    settings = {} if python == sys.executable else {"PYTHONPATH": ""}
+    job = {**job, "folder": str(folder / name)}
+    return run_peer(job, folder, name, "answers_write", python=python, settings=settings)
 
 
 def timed(rounds: Sequence[dict[str, dict[str, Any]]], tokens: Sequence[int]) -> Iterator[str]:

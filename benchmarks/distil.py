@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import ROOT, machine, run_child, versions
+from benchmarks.measured import machine, run_peer, versions
 
-PEERS = ROOT / "benchmarks" / "peers"
 SIDES = {
     "untouched": "untouched", "sft": "answers alone (SFT)", "off": "distil, off policy", "on": "distil, on policy",
 }  # fmt: skip
@@ -68,20 +66,21 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     job |= {"model": _place(options.model), "teacher": _place(options.teacher or options.model)}
     job |= {"train_rows": train, "eval_rows": test, "folder": str(folder)}
     job["grader"] = str(options.grader.resolve()) if options.grader else ""
-    start = _turn(job, folder, "start", "distil_start")
+    start = run_peer(job, folder, "start", "distil_start")
     if start is None:
         return 1
     job |= {key: start[key] for key in ("student", "train", "eval")}
     turns: dict[str, dict[str, Any]] = {}
     for way in ("sft", "off", "on"):
-        turn = _turn({**job, "way": way}, folder, way, "distil_train")
+        turn = run_peer({**job, "way": way}, folder, way, "distil_train")
         if turn is None:
             return 1
         turns[way] = turn
     sides = {"untouched": job["student"], **{way: turn["run"] for way, turn in turns.items()}}
-    judged = _turn({**job, "sides": sides, "held": start["held"]}, folder, "judge", "distil_judge")
-    if judged is None:
+    found = run_peer({**job, "sides": sides, "held": start["held"]}, folder, "judge", "distil_judge")
+    if found is None:
         return 1
+    judged = {side: found[side] for side in sides}
     changes = compared(judged)
     print("\n".join(page(judged, changes, turns)))
     print(json.dumps({"machine": machine(), "versions": versions(), "rows": start["num"]}))
@@ -90,22 +89,6 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _place(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else model
-
-
-def _turn(job: dict[str, Any], folder: Path, name: str, script: str) -> dict[str, Any] | None:
-    """What a process has found, also in an earlier call; None: it failed, which is printed."""
-    result = folder / f"{name}.json"
-    if not result.exists():
-        given = folder / f"{name}-job.json"
-        given.write_text(json.dumps(job), "utf-8")
-        command = [sys.executable, str(PEERS / f"{script}.py"), str(given), str(folder / f"{name}.part")]
-        child = run_child(command, log=folder / f"{name}.log", settings={"OMP_NUM_THREADS": str(job["threads"])})
-        if child.code:
-            print(f"{name} failed:\n{child.tail}", file=sys.stderr)
-            return None
-        found = json.loads((folder / f"{name}.part").read_text("utf-8"))
-        result.write_text(json.dumps(found), "utf-8")
-    return dict(json.loads(result.read_text("utf-8")))
 
 
 def compared(judged: Mapping[str, Mapping[str, Rows]]) -> dict[str, dict[str, Any]]:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import ROOT, machine, run_child, versions
+from benchmarks.measured import ROOT, machine, run_peer, versions
 
-PEERS = ROOT / "benchmarks" / "peers"
 LOSS_WITHIN = 1e-5
 KEEPING = ("kept", "anew")
 
@@ -63,10 +61,11 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _beside(job: dict[str, Any], folder: Path, peer: str) -> dict[str, Any] | None:
-    ours = _turn(job, folder, "images_ours", sys.executable)
+    ours = run_peer(job, folder, "images_ours", "images_ours")
     if ours is None:
         return None
-    theirs = _turn({**job, "order": ours["order"], "ids": ours["ids"]}, folder, "trl_images", peer)
+    given = {**job, "order": ours["order"], "ids": ours["ids"]}
+    theirs = run_peer(given, folder, "trl_images", "trl_images", python=peer)
     return None if theirs is None else {"ours": ours, "trl": theirs}
 
 
@@ -75,29 +74,11 @@ def _cost(job: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any] | No
     found: dict[str, Any] = {way: [] for way in KEEPING}
     for number in range(rounds):
         for way in KEEPING if number % 2 == 0 else KEEPING[::-1]:
-            turn = _turn({**job, "way": way}, folder, "images_cost", sys.executable, name=f"{way}-{number}")
+            turn = run_peer({**job, "way": way}, folder, f"{way}-{number}", "images_cost")
             if turn is None:
                 return None
             found[way].append(turn)
     return found
-
-
-def _turn(job: dict[str, Any], folder: Path, script: str, python: str, *, name: str = "") -> dict[str, Any] | None:
-    """What a process has found, also in an earlier call; None: it failed, which is printed."""
-    name = name or script
-    result = folder / f"{name}.json"
-    if not result.exists():
-        given, part = folder / f"{name}-job.json", folder / f"{name}.part"
-        given.write_text(json.dumps(job), "utf-8")
-        command = [python, str(PEERS / f"{script}.py"), str(given), str(part)]
-        child = run_child(command, log=folder / f"{name}.log", settings={"OMP_NUM_THREADS": str(job["threads"])})
-        if child.code:
-            print(f"{folder.name}: {name} failed:\n{child.tail}", file=sys.stderr)
-            return None
-        found = json.loads(part.read_text("utf-8"))
-        found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}
-        result.write_text(json.dumps(found), "utf-8")
-    return json.loads(result.read_text("utf-8"))
 
 
 def compared(done: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[str], bool]:

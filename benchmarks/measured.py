@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / "benchmarks" / "peers"
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "scikit-learn", "numpy")
 TAIL_LINES = 25
 
@@ -81,6 +83,31 @@ def run_child(words: Sequence[str], *, log: Path, settings: Mapping[str, str] | 
         load_before=load,
         tail="\n".join(lines[-TAIL_LINES:]),
     )
+
+
+def run_peer(
+    job: Mapping[str, Any], folder: Path, name: str, script: str, *, python: str = sys.executable,
+    settings: Mapping[str, str] | None = None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """What a script of `peers` finds for a job in a process of its own, with `peak_bytes` and `load_before` of it.
+
+    It is kept in `folder` as `name`.json, and a later call takes it from there. None: it failed, which is printed.
+    `settings`: more of its environment.
+    """
+    result = folder / f"{name}.json"
+    if not result.exists():
+        of_job, part = folder / f"{name}-job.json", folder / f"{name}.part"
+        of_job.write_text(json.dumps({**job, "name": name}), "utf-8")
+        words = [python, str(PEERS / f"{script}.py"), str(of_job), str(part)]
+        threads = {"OMP_NUM_THREADS": str(job["threads"])}
+        child = run_child(words, log=folder / f"{name}.log", settings={**threads, **(settings or {})})
+        if child.code:
+            print(f"{folder.name}: {name} failed:\n{child.tail}", file=sys.stderr)
+            return None
+        found = json.loads(part.read_text("utf-8"))
+        found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}
+        result.write_text(json.dumps(found), "utf-8")
+    return dict(json.loads(result.read_text("utf-8")))
 
 
 def machine() -> dict[str, Any]:

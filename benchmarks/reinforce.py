@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import ROOT, machine, run_child, versions
+from benchmarks.measured import ROOT, machine, run_peer, versions
 
-PEERS = ROOT / "benchmarks" / "peers"
 LOSS_WITHIN, COSINE_WITHIN = 1e-5, 1e-6
 WARM_UP = 1
 """First steps whose seconds do not count."""
@@ -67,7 +66,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.beside:
         return _race(job, folder, options.peer)
     job |= {"precision": "float32", "settings": SETTINGS}
-    found = [_turn(job, folder, name, python) for name, python in (("ours", sys.executable), ("trl", options.peer))]
+    sides = {"ours": sys.executable, "trl": options.peer}
+    found = [run_peer(job, folder, side, f"reinforce_{side}", python=python) for side, python in sides.items()]
     ours, theirs = found
     if ours is None or theirs is None:
         return 1
@@ -75,24 +75,6 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     print("\n".join(lines))
     print(json.dumps({"machine": machine(), "ours": versions(), "TRL": theirs["versions"], **ours["answers"]}))
     return int(not agree)
-
-
-def _turn(job: dict[str, Any], folder: Path, side: str, python: str, *, name: str = "") -> dict[str, Any] | None:
-    """What a process of one side has found, also in an earlier call; None: it failed, which is printed."""
-    name = name or side
-    result = folder / f"{name}.json"
-    if not result.exists():
-        given = folder / f"{name}-job.json"
-        given.write_text(json.dumps({**job, "name": name}), "utf-8")
-        command = [python, str(PEERS / f"reinforce_{side}.py"), str(given), str(folder / f"{name}.part")]
-        child = run_child(command, log=folder / f"{name}.log", settings={"OMP_NUM_THREADS": str(job["threads"])})
-        if child.code:
-            print(f"{name} failed:\n{child.tail}", file=sys.stderr)
-            return None
-        found = json.loads((folder / f"{name}.part").read_text("utf-8"))
-        found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}
-        result.write_text(json.dumps(found), "utf-8")
-    return json.loads(result.read_text("utf-8"))
 
 
 def cosines(folder: Path) -> list[float]:
@@ -136,21 +118,22 @@ def _race(job: dict[str, Any], folder: Path, peer: str) -> int:
     rounds: list[dict[str, dict[str, Any]]] = []
     start: dict[str, Any] = {}
     for number in range(job["rounds"]):
-        of_round = _turn({**job, "seed": number}, folder, "start", sys.executable, name=f"start-{number}")
+        of_round = run_peer({**job, "seed": number}, folder, f"start-{number}", "reinforce_start")
         if of_round is None:
             return 1
         start = start or of_round  # whose held-out prompts are those of every round
         sides = [("ours", sys.executable), ("trl", peer)]
         found = {}
         for side, python in sides if number % 2 == 0 else sides[::-1]:
-            turn = _turn({**job, **of_round, "seed": number}, folder, side, python, name=f"{side}-{number}")
+            of_side = {**job, **of_round, "seed": number}
+            turn = run_peer(of_side, folder, f"{side}-{number}", f"reinforce_{side}", python=python)
             if turn is None:
                 return 1
             found[side] = turn
         rounds.append(found)
         print("\n".join(_round(number, found)), file=sys.stderr, flush=True)
     adapters = [{side: found[side]["adapter"] for side in found} for found in rounds]
-    judged = _turn({**job, **start, "adapters": adapters}, folder, "judge", sys.executable)
+    judged = run_peer({**job, **start, "adapters": adapters}, folder, "judge", "reinforce_judge")
     if judged is None:
         return 1
     for line in raced(rounds, judged):

@@ -1,5 +1,6 @@
 """Runs are made to fit, with as little changed as that takes, or are refused with what would fit."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -83,12 +84,17 @@ def test_what_was_set_is_left_as_it_is():
     assert not forecast.fits
 
 
+def nearest(recipe: Recipe, predict: fitting.Predict) -> dict[str, int]:
+    """The nearest plans, as the command line takes them, with the bytes of each."""
+    return {fitting.set_words(change): total for change, total in fitting.nearest(recipe, predict, longest=100)}
+
+
 def test_a_refusal_names_the_nearest_plans_that_fit_and_their_predictions():
     predict = predictor(125)
     recipe = recipe_with(checkpointed_layers=0)
-    error = fitting.refuse(recipe, predict(recipe), predict, longest=100)
+    error = fitting.refuse(replace(predict(recipe), alternatives=fitting.nearest(recipe, predict, longest=100)))
     assert (error.needed, error.room, error.exit_code) == (200, 125, InputError.exit_code)
-    found = fitting.nearest(recipe, predict, longest=100)
+    found = nearest(recipe, predict)
     assert list(found) == [
         "--set train.tokens_per_pass=512",
         "--set train.checkpointed_layers=10",
@@ -106,13 +112,13 @@ def lora_with(**method) -> Recipe:
 def test_a_packed_base_is_offered_if_lora_does_not_fit_and_keeps_options():
     asked: list[Recipe] = []
     recipe = lora_with(rank=8)
-    assert list(fitting.nearest(recipe, predictor(12, asked), longest=100)) == ["--set method.name=qlora"]
+    assert list(nearest(recipe, predictor(12, asked))) == ["--set method.name=qlora"]
     assert {one.method.rank for one in asked if one.method.name == "qlora"} == {8}
 
 
 def test_full_tuning_is_offered_a_packed_base_last():
     recipe = recipe_with(checkpointed_layers=LAYERS, tokens_per_pass=128)
-    assert list(fitting.nearest(recipe, predictor(30), longest=100)) == ["--set method=lora", "--set method=qlora"]
+    assert list(nearest(recipe, predictor(30))) == ["--set method=lora", "--set method=qlora"]
 
 
 def test_what_a_model_cannot_take_is_not_offered():
@@ -121,14 +127,14 @@ def test_what_a_model_cannot_take_is_not_offered():
             raise ModelError("it has no linear layer that can be quantised")
         return predictor(12)(recipe)
 
-    assert fitting.nearest(lora_with(), predict, longest=100) == {}
+    assert nearest(lora_with(), predict) == {}
 
 
 def test_nothing_is_offered_that_does_not_fit():
     predict = predictor(4)
     recipe = recipe_with(checkpointed_layers=0)
-    assert fitting.nearest(recipe, predict, longest=100) == {}
-    assert "take a smaller model" in str(fitting.refuse(recipe, predict(recipe), predict, longest=100))
+    assert nearest(recipe, predict) == {}
+    assert "take a smaller model" in str(fitting.refuse(predict(recipe)))
 
 
 def test_a_run_that_does_not_fit_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ ROOMS = {
     "optim": (450, "optimizers and schedules"),
     "pages": (1_705, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (2_140, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
+    "planning": (2_145, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
     "recipe": (1_945, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (

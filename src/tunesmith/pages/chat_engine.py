@@ -48,7 +48,7 @@ class ChatEngine:
         return {"target": self.target, "state": state, "error": self.error, "stays": stays, "models": models}
 
     async def load(self, target: str, *, stays: bool = False) -> None:
-        """Begin to load a run with its base, in place of what is loaded. `stays`: also when nobody asks."""
+        """Begin to load a run with its base, in place of what is loaded. `stays`: it stays also when nobody asks."""
         async with self._beginning:
             is_loading = self._task is not None and not self._task.done()
             if target == self.target and (is_loading or self._engine is not None):

@@ -38,9 +38,9 @@ ROWS_A_PAGE = 20
 STILL_POINTS = 300
 """Buckets of the curve that needs no script."""
 LIVE_S = 6.0
+"""Seconds for which the page of a run at work stays as it was drawn."""
 MOST_FORM = 4096
 SETTING = re.compile(r"--set ([a-z_.]+)=(\w+)")
-FITTING = re.compile(r"^ +((?:--set \S+ ?)+) \(", re.MULTILINE)
 LETTERS = "ABCDEFGH"
 """Names of runs side by side, as many as are compared."""
 
@@ -170,7 +170,7 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         more["way_on"] = dict(SETTING.findall(why)) if "resume" in why.lower() else {}
         more |= {**_handed_on(site, request, log.run), "as_json": f"/v1/runs/{name}"}
         answer = page(request, "run.html", run=values, as_command=command("show", log.run.path), **more)
-        answer.headers["ETag"] = tag
+        answer.headers.update({"ETag": tag} if tag else {})
         return answer
 
     @router.get("/ui/runs/{name}/result")
@@ -231,12 +231,13 @@ def _add_comparison(router: APIRouter, site: Site) -> None:
         return page(request, "compare.html", place=place, as_command=command(*words), **more, as_json=as_json)
 
 
-def _nearest(request: Request, warnings: str) -> list[tuple[str, str]]:
-    """The plans that fit, as a warning names them, with the address of each."""
+def _nearest(request: Request, forecast: JsonObject | None) -> list[tuple[str, str]]:
+    """The nearest plans that fit, by the options that they change, with the address of each."""
     query, plans = parse_qs(request.url.query), []
-    for words in FITTING.findall(warnings):
-        changed = dict(word.split("=", 1) for word in words.replace("--set ", SET).split())
-        plans.append((words, f"/ui/new?{urlencode(query | changed, doseq=True)}"))
+    for alternative in (forecast or {}).get("alternatives", ()):
+        settings = alternative["settings"].items()
+        address = urlencode(query | {SET + key: str(value) for key, value in settings}, doseq=True)
+        plans.append((" ".join(f"{key}={value}" for key, value in settings), f"/ui/new?{address}"))
     return plans
 
 
@@ -284,6 +285,6 @@ def _add_data(router: APIRouter, site: Site) -> None:
             words, as_json = site.train_words(wanted), f"/v1/plans?{request.url.query}"
             plan = answer_values(site.plan(wanted, measured=more["measured"]))
             more |= {"plan": plan, "settings": dict(wanted.settings)}
-            more["nearest"] = _nearest(request, "\n".join((plan["values"] or {}).get("warnings", ())))
+            more["nearest"] = _nearest(request, (plan["values"] or {}).get("forecast"))
         more["done"] = [str(site.root / name) for name in site.run_list.with_results()]
         return page(request, "new.html", as_command=command(*words), **more, as_json=as_json)

@@ -15,7 +15,7 @@ from tunesmith.planning.decisions import with_options
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS, has_prepass
-from tunesmith.types import Choice, JsonObject, ModelKind
+from tunesmith.types import Choice, JsonObject, ModelKind, Record
 
 MARGIN = 0.08
 """Share of the memory that automatic choices leave free: what a forecast by formula may be off."""
@@ -64,23 +64,28 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
     return best, choices, forecast
 
 
-def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int) -> DoesNotFitError:
-    """Refusal of a run that does not fit: its needs, and the nearest plans that do."""
-    alternatives = nearest(recipe, predict, longest=longest)
+def refuse(forecast: Forecast) -> DoesNotFitError:
+    """Refusal of a run that does not fit: its needs, and `Forecast.alternatives`."""
+    alternatives = [(set_words(change), total) for change, total in forecast.alternatives]
     parts = ", ".join(f"{name} {gib(size)}" for name, size in forecast.memory.parts().items() if size)
     lines = [
         f"memory: this run needs {gib(forecast.memory.total)}, and {gib(forecast.device.room)} are there ({parts}).",
         "These would fit:" if alternatives else "Nothing that is known would make it fit: take a smaller model.",
-        *(f"  {settings}  ({gib(total)})" for settings, total in alternatives.items()),
+        *(f"  {settings}  ({gib(total)})" for settings, total in alternatives),
         "To run it all the same: --set memory=warn",
     ]
     return DoesNotFitError("\n".join(lines), needed=forecast.memory.total, room=forecast.device.room)
 
 
-def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]:
-    """At most three plans that fit, as the command line takes them, with the bytes of each: those that change
+def set_words(settings: Record) -> str:
+    """Options as the command line takes them."""
+    return " ".join(f"--set {key}={value}" for key, value in settings.items())
+
+
+def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[tuple[JsonObject, int]]:
+    """At most three plans that fit, by the options that they change, with the bytes of each: those that change
     least first, and none that changes more than one of them."""
-    alternatives: dict[str, int] = {}
+    alternatives: list[tuple[JsonObject, int]] = []
     seen: list[set[str]] = []
     for change in _changes(recipe, predict(recipe).sizes.recomputable, longest):
         keys = {f"{key}={value}" if key.startswith("method") else key for key, value in change.items()}
@@ -91,8 +96,7 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]
         except TunesmithError:  # a setting that this model or machine does not take
             continue
         if forecast.fits:
-            words = " ".join(f"--set {key}={value}" for key, value in change.items())
-            alternatives[words] = forecast.memory.total
+            alternatives.append((change, forecast.memory.total))
             seen.append(keys)
     return alternatives
 

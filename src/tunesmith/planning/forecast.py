@@ -7,7 +7,7 @@ launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -56,8 +56,7 @@ measured on such a machine, and as taken for one with a card, whose disk is not 
 FINISHING_S = 4.0
 """Report and end of the process on two cores."""
 MOST_STEPS_TRIED, MOST_SHARING_STEPS = 1000, 64
-"""Steps among which the heaviest is looked for, evenly spread over a longer run; fewer where rows share
-prefixes, which take long to find."""
+"""Steps, evenly spread, among which the heaviest is looked for; fewer where shared prefixes have to be found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +111,8 @@ class Forecast:
     """Share of a mean step in which the device computes; None where its speed is not known."""
     exchange_seconds: float = 0.0
     """Seconds of a step on several devices for sums of gradients and split layers, overlapping it."""
+    alternatives: Sequence[tuple[JsonObject, int]] = ()
+    """The nearest plans that fit, for a run that does not: options to change, and bytes of each."""
 
     @property
     def fits(self) -> bool:
@@ -124,6 +125,7 @@ class Forecast:
         return {
             "memory": {"total": self.memory.total, "parts": self.memory.parts()},
             "room": self.device.room,
+            "alternatives": [{"settings": change, "total": total} for change, total in self.alternatives],
             "pass": {
                 "step": heavy.step,
                 "rows": len(heavy.rows),
@@ -259,13 +261,11 @@ class Forecaster:
         return Duration(counted, price, busy=self.device.busy)
 
     def _drawn_tokens(self, draws: drawn.Draws | None) -> int:
-        """Most tokens whose keys and values are kept for answers that are drawn:
-        pools are copied as they grow."""
+        """Most tokens of which keys and values are kept for drawn answers: pools are copied as they grow."""
         return 2 * draws.streams * int(self.rows.store.lengths[self.rows.train_rows].max()) if draws else 0
 
     def _kept_tokens(self, evaluation: EvaluationOptions, tokens_per_pass: int, recomputed: int) -> int:
-        """Most tokens whose keys and values are kept for answers to held-out prompts: of a pass, and of prompts
-        with answers."""
+        """Most tokens of which keys and values are kept for held-out answers: a pass, or whole prompts."""
         rows_I, store = self.rows.held_rows, self.rows.held_store
         prompts = min(resolved(evaluation.samples), len(rows_I)) if self.head == "next_token" else 0
         if prompts == 0 or self.rows.is_prompts:
@@ -281,8 +281,8 @@ class Forecaster:
         is measured."""
         key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r} {recipe.shard}"
         if key not in self._sizes:
-            what: dict[str, Any] = {"head": self.head, "labels": self.rows.labels, "store": self.rows.store}
-            sizes, model = sizes_of(recipe, self.located, **what)
+            rows = self.rows
+            sizes, model = sizes_of(recipe, self.located, head=self.head, labels=rows.labels, store=rows.store)
             self._sizes[key] = replace(sizes, tower=Tower.of(model)), model
         sizes, model = self._sizes[key]
         steps_key = (key, resolved(recipe.train.tokens_per_pass))

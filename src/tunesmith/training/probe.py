@@ -212,8 +212,8 @@ def measure(setup: Setup, folder: Path, result: Found) -> Iterator[None]:
     if (rows := _measure_rows(setup)) is not None:
         result.work["measuring"] = rows
         yield
-    if (eyes := kept_vectors(setup.model)).seconds:
-        result.work["seeing"] = Timed(eyes.seconds, eyes.computed)
+    if (vectors := kept_vectors(setup.model)).seconds:
+        result.work["seeing"] = Timed(vectors.seconds, vectors.computed)
     if setup.samples:
         result.work["answering"] = _answer(setup)
         yield
@@ -243,16 +243,16 @@ def _take_steps(setup: Setup, result: Found) -> Iterator[None]:
     mean = float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch
     others = [step for step in range(1, min(steps, STEPS_LOOKED_AT) + 1) if step != heavy.step]
     usual = sorted(others, key=lambda step: abs(sum(setup.rows.store.lengths[sampler.rows(step)]) - mean))[:MORE]
-    draws, eyes = draws_of(setup.recipe), kept_vectors(setup.model)  # an image is seen once in a run, not in each step
+    draws, vectors = draws_of(setup.recipe), kept_vectors(setup.model)  # images are seen once a run, not in each step
     spent, of_draw = 0.0, draws.steps if draws else 1
     result.draws = of_draw if draws else 0
     for number, wanted in enumerate([heavy.step, *usual]):
         before = wanted - 1 - (wanted - 1) % of_draw  # steps that share a draw are made together
-        seeing = eyes.seconds
+        seeing = vectors.seconds
         for event in islice(training_steps(setup, start=before), of_draw):
             if (halved := event.values.get("tokens_per_pass")) is not None:
                 result.notes.append(f"memory ended in step {event.step}: its passes had to be of {halved:,} tokens")
-            seconds, seeing = event.timing["seconds"] - (eyes.seconds - seeing), eyes.seconds
+            seconds, seeing = event.timing["seconds"] - (vectors.seconds - seeing), vectors.seconds
             result.steps.append(Timed(seconds, event.values["tokens"], step=event.step))
             if setup.drawing is not None and draws and "draw" in event.timing:
                 _add(result, "answering", Timed(event.timing["draw"], draws.words()))

@@ -40,7 +40,7 @@ from tunesmith.planning.defaults import (
 )
 from tunesmith.planning.devices import Device
 from tunesmith.planning.drawn import grade_seconds
-from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
+from tunesmith.planning.fit import fit, gib, nearest, refuse, refuse_shard, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster, measured_tokens
 from tunesmith.planning.memory import TORCH_DTYPES
 from tunesmith.planning.tower import Shown
@@ -248,7 +248,6 @@ def _forecast(
     can_split = recipe.shard == "auto" and not rows.is_prompts and not why_whole(recipe, inputs.located, inputs.kind)
     recipe = with_options(recipe, {"shard": False}) if recipe.shard == "auto" else recipe
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
-    speaks = resolved(recipe.evaluation.general) and _speaks(inputs)
     forecaster = Forecaster(
         located=inputs.located,
         kind=inputs.kind,
@@ -258,7 +257,7 @@ def _forecast(
         device=device,
         base=resident_bytes(),
         others=other_models,
-        general_tokens=sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if speaks else 0,
+        general_tokens=_general_tokens(inputs) if resolved(recipe.evaluation.general) else 0,
         grade=grade_seconds(graders.load(recipe.grader_at)) if rows.is_prompts else 0.0,
         shown=Shown.of(rows, inputs.renderer.placeholders),
     )
@@ -273,7 +272,8 @@ def _forecast(
             if other.fits:
                 recipe, fitted, forecast = split, [choice, *others], other
     if not forecast.fits:
-        refusal = refuse(recipe, forecast, predict, longest=longest)
+        forecast = replace(forecast, alternatives=nearest(recipe, predict, longest=longest))
+        refusal = refuse(forecast)
         if recipe.memory == "refuse":
             raise refusal
         notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
@@ -361,6 +361,11 @@ def _few_rows(rows: int, size: int, forecast: Forecast) -> list[str]:
 
 def _speaks(inputs: Inputs) -> bool:
     return general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
+
+
+def _general_tokens(inputs: Inputs) -> int:
+    """Tokens of the general text; 0 for a model that cannot continue it."""
+    return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if _speaks(inputs) else 0
 
 
 def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
