@@ -52,7 +52,10 @@ def _make_quiet() -> None:
     from tunesmith.evaluation import report
     from tunesmith.planning import devices
 
-    torch.set_num_threads(1)
+    set_num_threads = torch.set_num_threads
+    set_num_threads(1)
+    # A fork has to make its pool of threads anew, which two threads of it that begin at once do not survive.
+    os.register_at_fork(after_in_child=lambda: set_num_threads(1))
     torch.set_num_threads = lambda num: None  # two that wait for each other beside other tests take ten times as long
     os.fsync = lambda descriptor: None
     devices.BUSY_S = 0.0

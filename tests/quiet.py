@@ -39,3 +39,6 @@ yaml_io.parse = lambda text, where: deepcopy(PARSED(text, where))
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+"""A fork has to make torch's pool of threads anew, which two threads of it that begin at once do not survive: "Invalid
+thread pool!"."""
