@@ -1,12 +1,14 @@
 """What a live page costs a run on the same machine: tokens a second with and without it, in turns of a few seconds.
 
-python scripts/page_cost.py MODEL [--steps 400] [--turn 4] [--browser PROGRAM]
+python scripts/page_cost.py MODEL [--steps 700] [--turn 10] [--browser PROGRAM]
 
 One run is trained while `tunesmith ui` serves and a browser has the run's page open. In every second turn the server
 and the browser are stopped by a signal, so that both kinds of turn meet the same caches and neighbours: a machine's own
 drift over minutes would hide one per cent. So would rows of different lengths: the rows here differ in digits alone.
-Steps that lie in two turns are not counted. The script also prints the processor seconds that the server and the
-browser took, which is the most that they could take from a run.
+The turns begin when the page is drawn as seldom as it ever is, since its first minutes are no measure of a run of
+hours, and are as long as the page waits between two drawings. Steps that lie in two turns are not counted. The script
+also prints the processor seconds that the server and the browser took, which is the most that they could take from a
+run.
 """
 
 from __future__ import annotations
@@ -29,8 +31,7 @@ from typing import Any, NamedTuple
 import psutil
 from playwright.sync_api import sync_playwright
 
-FIRST = 5
-"""Steps at the beginning that are not counted."""
+from tunesmith.pages.live import LIVE_S
 
 
 class Turn(NamedTuple):
@@ -114,7 +115,7 @@ def speed(turn: Turn, steps: Sequence[dict[str, Any]]) -> float | None:
 def ratios_of(turns: Sequence[Turn], events: Path) -> list[float]:
     """Live by stopped, for each two turns that follow each other."""
     lines = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"][FIRST:]
+    steps = [line for line in lines if line["kind"] == "step"]
     ratios = []
     for turn, following in pairwise(turns):
         speeds = {part.is_live: speed(part, steps) for part in (turn, following)}
@@ -133,8 +134,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--turn", type=float, default=4, help="seconds")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--turn", type=float, default=LIVE_S[1], help="seconds")
     parser.add_argument("--browser", help="where Playwright brought none: the program")
     options = parser.parse_args()
     words = ["--fast", "--offline", "--set", "method.name=lora", "--set", "train.rows_per_step=2"]
@@ -153,6 +154,8 @@ def main() -> int:
             answer = tab.goto(f"{url}/ui/runs/{run.name}")
             if answer.status != 200:
                 raise SystemExit(f"{answer.url}: {answer.status}, where the page of the run was expected")
+            while process.poll() is None and tab.evaluate("Number(document.body.dataset.live)") < LIVE_S[1]:
+                time.sleep(1)
             watched = programs(server)
             before = {name: processor_seconds(parts) for name, parts in watched.items()}
             turns = turns_of(process, [part for parts in watched.values() for part in parts], options.turn)

@@ -25,7 +25,7 @@ def heard() -> list[str]:
 @pytest.fixture
 def opened(browser: Any, heard: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Opens a page that is listened to."""
-    monkeypatch.setattr("tunesmith.pages.routes.LIVE_S", 0.1)
+    monkeypatch.setattr("tunesmith.pages.live.LIVE_S", (2.0, 2.0))
     contexts = []
 
     def open_page(url: str, link: str, **how: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,27 @@ def test_what_a_person_chose_stays_when_the_page_is_refreshed(
         page.get_by_role("button", name="Compare the chosen runs").click()
         page.wait_for_url("**/ui/compare?run=*&run=*")
     assert [words for words in heard if not words.startswith("Failed to load resource: net::")] == []
+
+
+def test_a_line_is_gone_to_without_loading_the_page(
+    opened: Callable[..., Any], heard: list[str], tmp_path: Path
+) -> None:
+    rows = [json.dumps({"prompt": f"question {number}", "completion": "answer"}) for number in range(60)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows) + "\n")
+    with serving(tmp_path) as (site, url):
+        page = opened(url, site.access.new_link())
+        page.goto(f"{url}/ui/data?file=chats.jsonl")
+        page.locator("#row-1").wait_for()
+        page.evaluate("window.isSame = true")
+        page.fill("#from", "41")
+        page.press("#from", "Enter")
+        page.locator("#row-60").wait_for()
+        assert page.evaluate("[window.isSame, document.activeElement.id]") == [True, "rows"], "keys walk on from there"
+        assert page.url.endswith("from=41#rows")
+        page.go_back()
+        page.locator("#row-1").wait_for()
+        assert page.locator("#row-41").count() == 0
+    assert heard == []
 
 
 def test_a_newer_build_and_an_ended_session_are_met(

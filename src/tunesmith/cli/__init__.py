@@ -15,7 +15,7 @@ def main() -> None:
     from tunesmith.cli.streams import closing_words, prepare_streams
 
     prepare_streams()
-    from tunesmith.cli.app import app
+    from tunesmith.cli.app import commands_with_options
     from tunesmith.environment import prepare_environment
 
     prepare_environment(os.environ)
@@ -23,7 +23,7 @@ def main() -> None:
         warnings.simplefilter("ignore")  # libraries' warnings are for their programmers; ours arrive as events
     code: int | str | None = 0
     try:
-        app(prog_name="tunesmith")
+        commands_with_options(prog_name="tunesmith")
     except SystemExit as end:
         code = end.code
     if not code and (words := closing_words()):

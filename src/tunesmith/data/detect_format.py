@@ -27,6 +27,7 @@ ByteStream = BufferedIOBase
 FileFormat = Literal["JSON lines", "JSON array", "CSV", "Excel", "Parquet", "CoNLL", "text"]
 
 HEAD_BYTES = 64 * 1024
+READ_BYTES = 128 * 1024
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 SAVE_AS = "Save it as JSON lines, CSV or Parquet, or a document as .txt."
@@ -344,7 +345,7 @@ def open_text(facts: FileFacts) -> Iterator[tuple[ByteStream, BufferedReader]]:
 def open_packed(facts: FileFacts) -> BufferedReader:
     """A file as it is on disk. Raises `DataError` when it cannot be read."""
     try:
-        return open(facts.at or facts.path, "rb")
+        return open(facts.at or facts.path, "rb", buffering=READ_BYTES)
     except OSError as error:
         raise cannot_open(facts.path, error) from None
 

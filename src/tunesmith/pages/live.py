@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from tunesmith.types import Event, JsonObject
 
 MOST_KEPT, MOST_BYTES = 64, 2**28
 """Runs whose series stay in memory, and bytes of their logs."""
+LIVE_S = (2.0, 10.0)
+LIVE_AGE = 20
+"""A page of a run at work is drawn again after a twentieth of the run's age, within these seconds."""
 
 
 @dataclass
@@ -111,6 +115,13 @@ class LiveRuns:
             while len(self._logs) > MOST_KEPT or (num_bytes > MOST_BYTES and len(self._logs) > 1):
                 num_bytes -= self._logs.popitem(last=False)[1].num_bytes
         return log.read()
+
+
+def live_s(created: float) -> float:
+    """Seconds after which a page of a run at work is drawn again: whoever looks on must not slow the run, and a
+    young one is what people watch. `created`: when the run began, in seconds of the epoch."""
+    shortest, longest = LIVE_S
+    return min(longest, max(shortest, (time.time() - created) / LIVE_AGE))
 
 
 def run_values(log: FollowedLog) -> JsonObject:

@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from tunesmith.pages import exports, launches
 from tunesmith.pages.api import SET, number, wanted_of
-from tunesmith.pages.live import run_values
+from tunesmith.pages.live import live_s, run_values
 from tunesmith.pages.local_files import row_address
 from tunesmith.pages.markup import asset_response, error_page, page
 from tunesmith.pages.pictures import curves
@@ -37,8 +37,8 @@ from tunesmith.types import JsonObject
 ROWS_A_PAGE = 20
 STILL_POINTS = 300
 """Buckets of the curve that needs no script."""
-LIVE_S = 6.0
-"""Seconds for which the page of a run at work stays as it was drawn."""
+IDLE_S = 5.0
+"""Seconds after which the list of runs is drawn again while none is at work."""
 MOST_FORM = 4096
 SETTING = re.compile(r"--set ([a-z_.]+)=(\w+)")
 LETTERS = "ABCDEFGH"
@@ -150,15 +150,13 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         newer = None if after == 0 else f"/ui/?{urlencode({'find': find, 'after': max(0, after - PAGE)})}"
         words = command("runs", "--runs", site.root)
         more = {"find": find, "older": older, "newer": newer, "after": after, "root": str(site.root)}
+        more["live_s"] = min((live_s(row.get("created", time.time())) for row in values["working"]), default=IDLE_S)
         return page(request, "runs.html", **values, **more, as_command=words, as_json=f"/v1/runs?{query}")
 
     @router.get("/ui/runs/{name}")
     def run(name: str, request: Request) -> Response:
         if site.runs.find(name) is None:
             return _not_started(site, name, request)
-        tag = _tag(site.find(name))
-        if tag and request.headers.get("if-none-match") == tag:
-            return Response(status_code=304)
         log = site.log(name)
         values = run_values(log)
         still = _drawable(site, name)
@@ -168,10 +166,9 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         more["resuming"], more["refusal"] = launches.resuming(log.run)
         why = values.get("ended_by", {}).get("message", "")
         more["way_on"] = dict(SETTING.findall(why)) if "resume" in why.lower() else {}
+        more["live_s"] = live_s(values["created"])
         more |= {**_handed_on(site, request, log.run), "as_json": f"/v1/runs/{name}"}
-        answer = page(request, "run.html", run=values, as_command=command("show", log.run.path), **more)
-        answer.headers.update({"ETag": tag} if tag else {})
-        return answer
+        return page(request, "run.html", run=values, as_command=command("show", log.run.path), **more)
 
     @router.get("/ui/runs/{name}/result")
     def result(name: str, request: Request) -> Response:
@@ -195,12 +192,6 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         if path.is_symlink() or not path.is_file():
             raise RequestError(f"{name}: it has no report yet.", status=404, code="not_found")
         return FileResponse(path, headers={"Content-Security-Policy": REPORT_POLICY}, media_type="text/html")
-
-
-def _tag(run: Run) -> str:
-    """A tag that stays while the page of a run at work need not be drawn anew: a request to stop is seen at once,
-    and steps every `LIVE_S`, since whoever looks on must not slow the run. Empty for a run that is not at work."""
-    return f'"{run.stop_asked():d}-{time.monotonic() // LIVE_S:.0f}"' if run.is_locked() else ""
 
 
 def _handed_on(site: Site, request: Request, run: Run) -> dict[str, Any]:

@@ -34,6 +34,8 @@ AT_ONCE_S = 0.4
 SPARE = "tunesmith.serve.spare"
 SPARE_S = 120.0
 """Without a question for so long, the spare process gives its memory back."""
+PAINT_S = 0.5
+"""Seconds for a browser on this machine to show an answer, before the next spare process takes the processor."""
 FAILED_AGE_S = 10.0  # then a failure is tried again: what it lacked may be there
 MOST_PROGRESS = 200
 BAD_INPUT = 2
@@ -172,6 +174,7 @@ class CommandRunner:
         finally:
             answer.ended = time.monotonic()
             answer.done.set()
+        time.sleep(PAINT_S)
         with contextlib.suppress(OSError):  # then the next answer takes longer
             self._prepare()
 

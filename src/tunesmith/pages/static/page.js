@@ -55,15 +55,14 @@ function isChanged(field) {
   return field.type === "checkbox" || field.type === "radio" ? field.checked !== field.defaultChecked : field.value !== field.defaultValue;
 }
 
-let misses = 0, shown = "", tag = "";
+let misses = 0, shown = "";
 
 export async function refresh() {
-  const answer = await fetch(location.href, {headers: {"Accept": "text/html", "If-None-Match": tag}});
-  if (answer.status === 304) return;
+  const address = location.href;
+  const answer = await fetch(address, {headers: {"Accept": "text/html"}});
   if (answer.status === 401) return reload();
-  tag = answer.headers.get("ETag") ?? "";
   const text = await answer.text();
-  if (answer.ok && text === shown) return;
+  if ((answer.ok && text === shown) || address !== location.href) return;
   const fresh = new DOMParser().parseFromString(policy.createHTML(text), "text/html");
   const content = fresh.getElementById("main");
   if (!answer.ok || !content || fresh.body.classList.contains("bare")) {
@@ -93,9 +92,19 @@ function reload() {
 /** The page after an act, whose button is off until then. */
 async function refreshAfterAct() {
   document.body.dataset.live ||= "1";
-  shown = tag = "";
+  shown = "";
   await refresh();
 }
+
+/** Go to another part of what the page shows, which is there sooner than a page loaded anew. @param {URL} address */
+async function goWithin(address) {
+  history.pushState(null, "", address);
+  try {
+    await refresh();
+    document.querySelector(address.hash)?.focus();
+  } catch { reload(); }
+}
+addEventListener("popstate", () => refresh().catch(reload));
 
 function pause() {
   const seconds = Number(document.body.dataset.live || 0);
@@ -164,8 +173,14 @@ document.addEventListener("click", async event => {
   }
 });
 
-document.addEventListener("submit", async event => { // a form whose fields are the body of an act
+document.addEventListener("submit", async event => { // a form whose fields are an address within the page, or the body of an act
   const form = event.target;
+  if ("within" in form.dataset) {
+    event.preventDefault();
+    const address = new URL(form.action);
+    address.search = new URLSearchParams(new FormData(form));
+    return goWithin(address);
+  }
   if (!form.dataset.send) return;
   event.preventDefault();
   try {
