@@ -345,7 +345,7 @@ def open_text(facts: FileFacts) -> Iterator[tuple[ByteStream, BufferedReader]]:
 def open_packed(facts: FileFacts) -> BufferedReader:
     """A file as it is on disk. Raises `DataError` when it cannot be read."""
     try:
-        return open(facts.at or facts.path, "rb", buffering=READ_BYTES)
+        return BufferedReader(open(facts.at or facts.path, "rb", buffering=0), READ_BYTES)
     except OSError as error:
         raise cannot_open(facts.path, error) from None
 

@@ -149,7 +149,7 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         older = None if values["next"] is None else f"/ui/?{urlencode({'find': find, 'after': values['next']})}"
         newer = None if after == 0 else f"/ui/?{urlencode({'find': find, 'after': max(0, after - PAGE)})}"
         words = command("runs", "--runs", site.root)
-        more = {"find": find, "older": older, "newer": newer, "after": after, "root": str(site.root)}
+        more: dict[str, Any] = {"find": find, "older": older, "newer": newer, "after": after, "root": str(site.root)}
         more["live_s"] = min((live_s(row.get("created", time.time())) for row in values["working"]), default=IDLE_S)
         return page(request, "runs.html", **values, **more, as_command=words, as_json=f"/v1/runs?{query}")
 
