@@ -27,7 +27,7 @@ from tunesmith.evaluation.predict_rows import Predictions, row_results
 from tunesmith.evaluation.retrieval import K1, B, Bm25, MeasuredRows, _in_list, other_rows, settled
 from tunesmith.evaluation.scores import RowResult, score
 from tunesmith.recipe.load import validate
-from tunesmith.recipe.objectives import Embed
+from tunesmith.recipe.objectives import Embed, Prefer
 from tunesmith.tasks import TASKS
 from tunesmith.training.resolve import resolve_run
 
@@ -63,7 +63,7 @@ def test_measures_of_ranks_are_those_of_scikit_learn():
     assert (found["recall_1"], found["recall_10"]) == pytest.approx((1 / 6, 4 / 6))
 
 
-RECIPE = validate({"model": "m", "task": "embed", "embed": {"loss": "ranking"}})
+OPTIONS: dict[str, Any] = {"embed": Embed(loss="ranking"), "prefer": Prefer(), "tokenizer": word_tokenizer()}
 ROWS = [
     {"anchor": "red apple", "positive": "big apple", "negative": "small apple"},
     {"anchor": "red apple", "positive": "old pear"},
@@ -98,7 +98,7 @@ VECTORS = {text: [math.cos(math.radians(a)), math.sin(math.radians(a))] for text
 def test_a_positive_is_ranked_among_documents_that_could_be_wrong(store):
     """Not the anchor's own text, not what another row says belongs to it; each text once."""
     own, others = measured(store, [0, 2], VECTORS), [measured(store, [1, 3], VECTORS)]
-    found = settled(TASKS["embed"], own, others, recipe=RECIPE, tokenizer=word_tokenizer())
+    found = settled(TASKS["embed"], own, others, **OPTIONS)
     first, second = found.results
     # Of big apple, small apple, old pear, Bob, red apple: old pear belongs to red apple, red apple is the anchor.
     assert (first["rank"], first["documents"]) == (2, 3)
@@ -111,9 +111,9 @@ def test_a_positive_is_ranked_among_documents_that_could_be_wrong(store):
 
 def test_cut_vectors_have_ranks_of_their_own(store):
     vectors = {text: [*vector, 9.0 if text == "Bob" else 0.0] for text, vector in VECTORS.items()}
-    recipe = RECIPE.model_copy(update={"embed": Embed(loss="ranking", dims=(2,))})
+    embed = Embed(loss="ranking", dims=(2,))
     own = measured(store, [0, 2], vectors)
-    found = settled(TASKS["embed"], own, recipe=recipe, tokenizer=word_tokenizer())
+    found = settled(TASKS["embed"], own, **{**OPTIONS, "embed": embed})
     assert found.results[1]["rank"] > found.results[1]["dims"]["2"] == 1
 
 
@@ -141,7 +141,8 @@ def assert_an_anchors_own_text_is_no_hit(folder: Path) -> None:  # trap: M4
     nothing = np.zeros(3)
     predictions = Predictions(nothing, nothing + 1, nothing.astype(np.int64), [], [], results)
     own = (found.rows.store, np.arange(3), predictions)
-    measured = settled(TASKS["embed"], own, recipe=found.recipe, tokenizer=found.inputs.renderer.tokenizer).results
+    options = {**OPTIONS, "embed": found.recipe.embed, "tokenizer": found.inputs.renderer.tokenizer}
+    measured = settled(TASKS["embed"], own, **options).results
     assert [one["documents"] for one in measured] == [2, 2, 2]
     assert all(one[by] <= 2 for one in measured for by in ("rank", "bm25"))
 
@@ -159,7 +160,7 @@ def test_an_own_text_behind_another_prompt_would_be_seen(tmp_path, monkeypatch):
 def ranks_of(store: RowStore, others: list[int]) -> list[RowResult]:
     """Rows 0 and 3, searched among their documents and those of other rows."""
     own, more = measured(store, [0, 3], VECTORS), [measured(store, others, VECTORS)] if others else []
-    found = settled(TASKS["embed"], own, more, recipe=RECIPE, tokenizer=word_tokenizer())
+    found = settled(TASKS["embed"], own, more, **OPTIONS)
     return row_results("vector", None, found, store.hashes[[0, 3]])
 
 

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.methods.lora_layer import LoraLinear, lora_forward, lora_forward_reference
+from lora_reference import lora_forward_reference
+from tunesmith.methods.lora_layer import LoraLinear, lora_forward
 from tunesmith.models.quantized import QuantizedLinear
 
 Forward = Callable[..., Tensor]

@@ -12,8 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tiny_model import tiny_model
 from tunesmith.methods import targets as module
 from tunesmith.methods.lora import attach
-from tunesmith.methods.lora_layer import shape_OI
-from tunesmith.methods.targets import find_targets, inner_linears
+from tunesmith.methods.targets import find_targets, inner_linears, shape_OI
 from tunesmith.recipe.methods import LoraMethod
 
 ROUTERS = {

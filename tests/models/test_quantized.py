@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_reference import lora_forward_reference
 from tunesmith.errors import RecipeError
-from tunesmith.methods.lora_layer import LoraLinear, lora_forward_reference
+from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.models import quantized
 from tunesmith.models.quantized import QuantizedLinear
 

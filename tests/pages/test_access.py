@@ -15,7 +15,7 @@ from tunesmith.pages.api import make_api
 from tunesmith.pages.routes import make_pages
 from tunesmith.serve import sessions as access_module
 from tunesmith.serve.middleware import ApiKeys
-from tunesmith.serve.sessions import OPEN
+from tunesmith.serve.sessions import OPEN_PATHS
 
 PATHS = ("/ui/", "/ui/runs/a-1", "/ui/data", "/ui/new", "/ui/chat", "/v1/runs", "/v1/models", "/v1/local_files")
 ACTS = (
@@ -128,7 +128,7 @@ def test_no_route_is_left_open(tmp_path: Path) -> None:
     for route in routes:
         path = re.sub(r"\{[^}]*\}", "a-1", route.path)
         for method in route.methods - {"HEAD"}:
-            if path in OPEN or path.startswith("/ui/static/"):
+            if path in OPEN_PATHS or path.startswith("/ui/static/"):
                 continue
             assert outside.request(method, path, json={}, headers=OWN).status_code == 401, (method, path)
             if method != "GET":
@@ -220,7 +220,7 @@ def test_an_upload_without_its_length_takes_no_more_than_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = entered(site_in(tmp_path))
-    monkeypatch.setattr("tunesmith.pages.local_files.MOST_BYTES", 10)
+    monkeypatch.setattr("tunesmith.pages.local_files.MOST_UPLOADED", 10)
     answer = client.put("/v1/local_files/rows.jsonl", content=iter([b"x" * 8] * 3), headers={**OWN, "X-Tunesmith": "1"})
     assert answer.status_code == 507
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_reference import lora_forward_reference
 from often import often
 from serve.batches import (
     RENDERER,
@@ -33,7 +34,6 @@ from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_
 from tunesmith.generation.padded import generate
 from tunesmith.generation.scheduler import Scheduler
 from tunesmith.methods import lora
-from tunesmith.methods.lora_layer import lora_forward_reference
 from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.serve.protocol import GenerationRequest

@@ -271,24 +271,19 @@ def _small_disk(forecast: Any, root: Path) -> str:
 
 def _why_not(resolved: Any, *, fits: bool) -> str:
     """Why a plan for this machine is not tried; empty: it is."""
+    from tunesmith.graders import schema
     from tunesmith.models.folder import weight_files
 
     if not fits:
         return "it does not fit"
-    if resolved.rows.is_prompts and _has_judge(resolved.recipe.grader_at):
+    grader = schema.load(resolved.recipe.grader_at) if resolved.rows.is_prompts else None
+    if grader is not None and any(isinstance(part, schema.ScoreModel) for part in schema.parts_of(grader).values()):
         return "its grader calls a judge at an address, which a plan does not: --set train.max_steps=2 tries two steps"
     located = resolved.inputs.located
     if located.has_weights:
         return ""
     num_bytes = sum(path.stat().st_size for path in weight_files(located.path, located.name))
     return f"its weights ({size(num_bytes)}) are not downloaded yet; train does that"
-
-
-def _has_judge(grader: str) -> bool:
-    from tunesmith.graders import schema
-
-    parts = schema.parts_of(schema.load(grader))
-    return any(isinstance(part, schema.ScoreModel) for part in parts.values())
 
 
 def _probe(resolved: Any, values: Record, root: Path, *, offline: bool, tick: Any) -> JsonObject:

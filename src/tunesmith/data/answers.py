@@ -16,7 +16,7 @@ from tunesmith.types import Row, Source
 
 @dataclass(frozen=True, slots=True)
 class DrawnSource(Source):
-    """The place of a prompt, and the number of its answer from 1."""
+    """The place of a prompt in its file, and the number of the answer, counted from 1."""
 
     sample: int = 1
 
@@ -27,7 +27,7 @@ class DrawnSource(Source):
 def answer_row(
     prompt_T: NDArray[np.int32], answer: Sequence[int], values_NC: NDArray[np.float32], source: DrawnSource
 ) -> Row:
-    """A prompt with an answer to it, of which every token is learnt, the one that ended it too."""
+    """A row of a prompt and its answer. Every token of the answer is learnt, the one that ended it too."""
     ids_T = np.concatenate([prompt_T, np.array(answer, np.int32)])
     return Row(ids_T, np.arange(len(ids_T)) >= len(prompt_T), source, values_NC=values_NC)
 

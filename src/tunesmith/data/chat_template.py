@@ -41,7 +41,10 @@ class ChatTemplate:
         self._name = tokenizer.name_or_path
         self.text = _text(tokenizer)
         self._template = tokenizer.chat_template
-        self._special_tokens = {name: _as_text(value) for name, value in tokenizer.special_tokens_map.items()}
+        self._special_tokens = {
+            name: [str(token) for token in value] if isinstance(value, (list, tuple)) else str(value)
+            for name, value in tokenizer.special_tokens_map.items()
+        }
         self._date = date
         texts = self._template.values() if isinstance(self._template, dict) else [self._template]
         if fault := fault_of([str(text) for text in texts], self._special_tokens):
@@ -98,10 +101,6 @@ _alias = getattr(chat_template_utils, "_alias_reasoning_fields", list)
 
 def _is_plain(message: Any) -> bool:
     return type(message) is dict and message.keys() == {"role", "content"} and type(message["content"]) is str
-
-
-def _as_text(value: Any) -> Any:
-    return [str(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -435,13 +435,10 @@ class JoinedParts(Encoding):
                 way = f"Correct the data, or leave such rows out: {SKIP}."
                 raise DataError(f"{what}; the others were not read. {way}", refused(self.data, self.problems))
             self.on_images(store.images or ())
+            at = SCHEMA.get_field_index("file")
             for batch in store.batches():
-                yield relabelled(_renumbered(batch, first_file), store.labels.vocabulary, self.vocabulary)
+                files = (batch.column(at).to_numpy() + np.int32(first_file)).astype(np.int32)
+                numbered = batch.set_column(at, SCHEMA.field(at), pa.array(files))
+                yield relabelled(numbered, store.labels.vocabulary, self.vocabulary)
             first_file += len(part)
             done_bytes += sum(size_of(file.at) for file in part)
-
-
-def _renumbered(rows: pa.RecordBatch, first_file: int) -> pa.RecordBatch:
-    at = SCHEMA.get_field_index("file")
-    files = rows.column(at).to_numpy() + np.int32(first_file)
-    return rows.set_column(at, SCHEMA.field(at), pa.array(files.astype(np.int32)))

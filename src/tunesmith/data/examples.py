@@ -33,8 +33,8 @@ def warnings_of(example: Example) -> Iterator[Problem]:
         message = "chosen and rejected differ in white space alone."
         yield _warning(example, "space_only", message, "The model would learn to write white space.")
     parts = example.parts if example.shape != "tokens_tags" else ()
-    said = [bool(part.text.strip() or part.images or part.role == "assistant") for part in parts]
-    blank = said.index(False) if False in said else None
+    has_text = [bool(part.text.strip() or part.images or part.role == "assistant") for part in parts]
+    blank = has_text.index(False) if False in has_text else None
     if blank is not None:
         turn = f"message {blank + 1} ({parts[blank].role})" if example.shape in CHATS else parts[blank].role
         yield _warning(example, "empty_text", f"{turn} has no text.", "")

@@ -1,4 +1,4 @@
-"""The images of encoded rows beside their store: where each is and what it was, never pixels.
+"""A table of the images of encoded rows, next to their store: place, hash and size of each, never pixels.
 
     <key>.images.arrow   number, hash, place or bytes, size in pixels, size and time of the file
 
@@ -51,7 +51,7 @@ class ImageWriter:
         self._stack.__exit__(*error)
 
     def add(self, images: Iterable[ImageRef]) -> None:
-        """Write those that are new. Raises `DataError` for two images with one number."""
+        """Write the images that are new. Raises `DataError` for two different images with one number."""
         new: list[ImageRef] = []
         for image in images:
             known = self._hashes.get(image.number)
@@ -69,7 +69,7 @@ class ImageWriter:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all images and the version of what decodes them; "": there are none."""
+        """SHA-256 over all images and the version of Pillow, which decodes them; "" without images."""
         if not self._hashes:
             return ""
         texts = [f"Pillow {version('pillow')}", *sorted(self._hashes.values())]
@@ -91,7 +91,7 @@ def _line(image: ImageRef) -> dict[str, Any]:
 
 
 def _signature(path: str) -> tuple[int, int]:
-    """Size and time of a file; (-1, 0): it is not there."""
+    """Size and time of a file; (-1, 0) if it does not exist."""
     try:
         stat = Path(path).stat()
     except OSError:
@@ -122,7 +122,7 @@ class ImageTable:
         return (self[number] for number in self._places)
 
     def is_current(self) -> bool:
-        """Whether every file is as it was: its size and time, else its bytes."""
+        """Whether every file is unchanged: by size and time, or else by its bytes."""
         columns = [self._table[name].to_pylist() for name in ("path", "bytes", "time", "sha256")]
         return all(
             not path or _signature(path) == (size, time) or _hash(path) == sha256

@@ -1,4 +1,4 @@
-"""Images of rows: where they are, what is refused of them, and their pixels as every use here sees them.
+"""Images of rows: find them, refuse bad ones, and decode their pixels in the same way for every use.
 
 A row names a file in the folder of its data file (or `data.image_folder`), or brings the bytes of
 one. `look_at` reads no more than the header; `check_whole` decodes it once, while rows are
@@ -47,8 +47,8 @@ _SMALL = 8
 """A JPEG is decoded at an eighth of its sides where only its soundness is in question."""
 _AGAIN = "Copy or save it again, or remove the row."
 MOST_ASPECT = 200
-"""Times its shorter side that an image's longer one may have. A processor that scales the shorter side, as CLIP's to
-336 pixels, would make gigabytes of a line of 1 × 4,000; Qwen's refuses more than this itself."""
+"""Largest ratio of an image's longer side to its shorter one. A processor that scales the shorter side, as
+CLIP's does to 336 pixels, would make gigabytes of an image of 1 × 4,000; Qwen's refuses it itself."""
 _THUMBNAIL = 160
 """Longest side, in pixels."""
 _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, EOFError, MemoryError)
@@ -56,7 +56,7 @@ _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, O
 
 
 class BadImage(Exception):
-    """An image that cannot be used: code, message and way out of a `Problem`."""
+    """An image that cannot be used, with code, message and way out as a `Problem` has them."""
 
     def __init__(self, code: str, message: str, fix: str) -> None:
         super().__init__(message)
@@ -127,7 +127,7 @@ def look_at(image: ImageRef, folder: Path, limits: Limits) -> ImageRef:
 
 
 def _inside(path: str, folder: Path) -> str:
-    """The place that a path leads to, links followed. Raises `BadImage` where that is outside of the folder."""
+    """Resolve a path with its links. Raises `BadImage` if it leads outside of the folder."""
     root = folder.resolve()
     try:
         place = (root / path).resolve()
@@ -190,7 +190,7 @@ def _opened(content: bytes) -> Iterator[Image]:
 
 
 def _orientation(picture: Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none or it is none."""
+    """EXIF's orientation, 1 to 8; 1 if it is missing or invalid."""
     try:
         value = picture.getexif().get(_ORIENTATION, 1)
     except _DAMAGED:  # EXIF that is damaged turns nothing
@@ -199,7 +199,8 @@ def _orientation(picture: Image) -> int:
 
 
 def check_whole(image: ImageRef) -> list[tuple[str, str]]:
-    """(code, message) of what is changed for the model. Decodes the image; raises `BadImage` for a damaged one."""
+    """Decode the image. Returns (code, message) of each change that is made for the model; raises `BadImage`
+    for a damaged image."""
     with _opened(_bytes_of(image)) as picture:
         turn, mode = _orientation(picture), picture.mode
         has_alpha = picture.has_transparency_data
@@ -217,7 +218,7 @@ def check_whole(image: ImageRef) -> list[tuple[str, str]]:
 
 
 def pixels_of(image: ImageRef) -> Image:
-    """The image as RGB, turned, on white, of 8 bits. Raises `DataError` where it is another one by now."""
+    """The image as 8-bit RGB, turned upright, on white. Raises `DataError` if the file has changed."""
     try:
         with _opened(_bytes_of(image)) as picture:
             turn = _TURNS.get(_orientation(picture))
@@ -256,7 +257,8 @@ def _bytes_of(image: ImageRef) -> bytes:
 
 
 def _as_rgb(picture: Image) -> Image:
-    """Transparent places on white: `convert` shows what is under them. 16 bits scaled: `convert` clips."""
+    """Convert to RGB with transparent places on white, where `convert` would show the colour under them, and
+    with 16 bits scaled to 8, where `convert` would clip."""
     from PIL import Image as pillow
 
     if picture.mode.startswith("I"):

@@ -1,7 +1,7 @@
-"""Images in the text that a chat template writes: each gets the place that the model's processor gives it.
+"""Images in the text of a chat template: replace the template's word for an image by the processor's text.
 
-A template writes one word for an image; the processor's text takes its place (`Placeholders.expand`), before
-the text is tokenized. So turns, trained spans and lengths are found in the very text that is learnt.
+This happens before the text is tokenized (`Placeholders.expand`), so turns, trained spans and lengths are found
+in the very text that is learnt.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from tunesmith.data.images import BadImage, check_whole
 from tunesmith.types import Example, ImageRef, JsonObject, Part, Placeholders, Problem, Source
 
 MOST_CHECKED = 10_000
-"""Images remembered as whole: many rows may ask about one."""
+"""Number of images that are remembered as undamaged: many rows may show the same one."""
 
 
 def as_message(part: Part) -> Message:
-    """A part as templates know it: role, content, and its other fields as they came."""
+    """A part as the message that templates read: role, content, and its other fields unchanged."""
     return {"role": part.role, "content": part.text if not part.images else _pieces(part), **part.fields}
 
 
@@ -64,17 +64,17 @@ def expanded(text: str, images: Sequence[ImageRef], placeholders: Placeholders, 
 
 
 class ImageCheck:
-    """Decodes each image of a row once: a damaged one is found before training, in the process that encodes."""
+    """Decodes each image of a row once, in the process that encodes: damage is found before training."""
 
     def __init__(self) -> None:
         self._notes: dict[str, list[tuple[str, str]]] = {}
 
     def warnings(self, example: Example) -> list[Problem]:
-        """Warnings of what is changed of a row's images for the model. Raises `BadImage` for a damaged one."""
+        """Warnings of changes that are made to a row's images for the model. Raises `BadImage`."""
         return [_warning(example.source, image, *note) for image in example.images for note in self.notes(image)]
 
     def notes(self, image: ImageRef) -> list[tuple[str, str]]:
-        """(code, message) of what is changed. Raises `BadImage`."""
+        """(code, message) of each change. Raises `BadImage`."""
         if image.sha256 not in self._notes:
             if len(self._notes) == MOST_CHECKED:
                 self._notes.clear()

@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from itertools import islice
+from itertools import chain, islice
 from types import GeneratorType
 from typing import Any
 
@@ -185,7 +185,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if known is not None and known[0] is value:
             return known[1:]
         num, chars = 1, 8
-        for item in _items(value):
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
             if isinstance(item, Namespace):
                 raise TooMuch("puts a namespace into a list or an object")
             more, longer = self._size(item)
@@ -328,14 +328,6 @@ def _room(num_chars: int) -> int:
     if num_chars > TEXT_CHARS:
         raise TooMuch(f"makes a text of more than {TEXT_CHARS:,} characters")
     return num_chars
-
-
-def _items(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.keys()
-        yield from value.values()
-    else:
-        yield from value
 
 
 class _Generation(jinja2.ext.Extension):

@@ -1,4 +1,4 @@
-"""Tokens that a teacher finds likely at each target of some rows, as they were written before training."""
+"""The tokens that a teacher finds likely at each target of some rows; they are written before training."""
 
 # I rows, M targets of all rows, N targets of one, C numbers of each
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_IDS = 1 << 24
-"""Token ids up to which float32 holds each."""
+"""Largest number of token ids of which float32 holds each exactly."""
 
 
 def columns(top: int) -> int:

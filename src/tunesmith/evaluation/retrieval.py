@@ -26,8 +26,7 @@ from tunesmith.data.collate import Collator
 from tunesmith.data.dataset import RowStore
 from tunesmith.evaluation.predict_rows import Predictions, sample_rows
 from tunesmith.evaluation.scores import WordTokenizer
-from tunesmith.recipe.objectives import Embed
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.objectives import Embed, Prefer
 from tunesmith.tasks.embedding_losses import SCORED, Texts, text_losses
 from tunesmith.tasks.preference_losses import settle
 from tunesmith.tasks.task import Task
@@ -83,7 +82,13 @@ def other_rows(
 
 
 def settled(
-    task: Task, own: MeasuredRows, others: Sequence[MeasuredRows] = (), *, recipe: Recipe, tokenizer: Any
+    task: Task,
+    own: MeasuredRows,
+    others: Sequence[MeasuredRows] = (),
+    *,
+    embed: Embed,
+    prefer: Prefer,
+    tokenizer: Any,
 ) -> Predictions:
     """The predictions of `own` rows with what follows from all of them together: losses of kto, ranks among the
     documents of `others` too, ranks within a list."""
@@ -91,9 +96,9 @@ def settled(
     if task.outcome == "lists":
         return replace(predictions, results=_lists(own, tokenizer))
     if task.outcome == "vectors":
-        return _vectors(own, others, recipe.embed, tokenizer)
+        return _vectors(own, others, embed, tokenizer)
     if predictions.results and "wanted" in predictions.results[0]:
-        return replace(predictions, losses_I=np.array(settle(predictions.results, recipe.prefer)))
+        return replace(predictions, losses_I=np.array(settle(predictions.results, prefer)))
     return predictions
 
 

@@ -73,12 +73,14 @@ def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tok
     `num_tokens`: of all rows.
     """
     params = model_size(result.weights).num_params
-    passes = (
-        2 + result.is_adapter + (result.quant is not None)
-    )  # the tuned model, its export, its base, and that packed
-    own = result.recipe.device
-    card = own if target.on_card and torch.device(own).type == "cuda" and is_here(own) else None
-    for device, tuned in (*_on_card(result, card), ("cpu", "float32"), ("cpu", "bfloat16")):
+    # The tuned model, its export, its base, and that packed.
+    passes = 2 + result.is_adapter + (result.quant is not None)
+    run_device = result.recipe.device
+    card = run_device if target.on_card and torch.device(run_device).type == "cuda" and is_here(run_device) else None
+    sides = [("cpu", "float32"), ("cpu", "bfloat16")]
+    if card is not None:
+        sides = [*dict.fromkeys([(card, "float32"), (card, result.recipe.precision)]), *sides]
+    for device, tuned in sides:
         exported = written or tuned
         if exported == "float16" and device == "cpu" and _fits(result, params, "cpu", "float32"):
             exported = "float32"
@@ -102,13 +104,6 @@ def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tok
 def is_here(device: str) -> bool:
     """Whether the device of a run is on this machine."""
     return torch.device(device).type != "cuda" or torch.cuda.is_available()
-
-
-def _on_card(result: RunResult, card: str | None) -> list[tuple[str, str]]:
-    if card is None:
-        return []
-    precision = result.recipe.precision
-    return [(card, "float32"), *([(card, precision)] if precision != "float32" else [])]
 
 
 def _fits(result: RunResult, params: int, device: str, dtype: str) -> bool:

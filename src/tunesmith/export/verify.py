@@ -46,7 +46,6 @@ from tunesmith.phrases import percent
 from tunesmith.recipe import load as recipe_file
 from tunesmith.recipe.origin import Base
 from tunesmith.runs.atomic import from_json
-from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS
 from tunesmith.types import (
     IGNORE,
@@ -422,7 +421,7 @@ def launch(job: Path, tick: Callable[[int, int], None], *, expected_s: float = 0
 def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
     """Load the export that a job names, and save its outputs next to the job."""
     job = json.loads(path.read_text("utf-8"))
-    recipe = Run(Path(job["recipe"]).parent).dated(recipe_file.load(job["recipe"]))
+    recipe = recipe_file.load(job["recipe"])
     recipe = recipe.on_base(Base(recipe.model, job["model"]))
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
     model = targets[job["target"]].load(Path(job["exported"]), recipe, Computing(**job["computing"]))

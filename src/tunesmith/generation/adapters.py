@@ -33,8 +33,7 @@ class LowRankPath:
 
 
 def joined_paths(adapters: Sequence[Mapping[str, tuple[Tensor, Tensor, float]]]) -> dict[str, LowRankPath]:
-    """Adapters that were tuned on one another as one: the sum of their products is
-    one of the sum of their ranks."""
+    """Join adapters that were tuned one on top of another into one, whose rank is the sum of their ranks."""
     joined: dict[str, LowRankPath] = {}
     for layer in sorted({layer for adapter in adapters for layer in adapter}):
         paths = [LowRankPath(*adapter[layer]) for adapter in adapters if layer in adapter]
@@ -58,8 +57,7 @@ class _Routing:
 
 
 class RowMismatchError(RuntimeError):
-    """An adapted layer sees other rows than the tokens of the pass, so that tokens
-    cannot be assigned to adapters."""
+    """An adapted layer gets rows that are not the tokens of the pass, so no adapter can be assigned to them."""
 
 
 class MultiLoraLinear(nn.Module):
@@ -117,7 +115,7 @@ class AdapterSet:
             module.paths[name] = path
 
     def drop(self, name: str) -> None:
-        """Take an adapter off. No answer under way may use it."""
+        """Take an adapter off the model. No answer that is being written may use it."""
         for module in self.model.modules():
             if isinstance(module, MultiLoraLinear):
                 module.paths.pop(name, None)

@@ -1,4 +1,4 @@
-"""Next-token logits of many sequences, each with what was read of it before.
+"""Next-token logits of many sequences, each with the keys and values of its earlier tokens.
 
 `BatchedDecoder` runs all of them in one forward pass. `SequentialDecoder` runs each alone with the cache of
 transformers: for models whose attention cannot be replaced, for encoder-decoders, and as the reference in
@@ -200,7 +200,8 @@ class SequentialDecoder:
 
 
 class SeeingDecoder(SequentialDecoder):
-    """Sequences whose prompts have images, each in a pass of its own: a prompt is read at once, with its images.
+    """Sequences whose prompts have images, each in a pass of its own: a prompt is read at once, with its
+    images.
 
     What comes behind an image in a model that counts positions in three ways is counted from where that ended.
     """
@@ -346,5 +347,5 @@ def _decoded(decoder: Decoder, texts: Sequence[list[int]]) -> list[Tensor]:
 
 
 def probe(vocab_size: int, num: int) -> list[int]:
-    """Random tokens, alike at every call."""
+    """Random tokens, the same at every call."""
     return torch.randint(0, vocab_size, (num,), generator=torch.Generator().manual_seed(num)).tolist()

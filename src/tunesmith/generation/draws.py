@@ -39,8 +39,8 @@ class DrawnAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """The way in which answers are drawn. There is no top-p, no penalty and no stop text: every token that the
-    model may write has to be one that can be drawn."""
+    """Settings by which answers are drawn. There is no top-p, no penalty and no stop text: every token that
+    the model may write has to be one that can be drawn."""
 
     tokenizer: Any
     stop_ids: frozenset[int]
@@ -90,9 +90,9 @@ def draw_answers(
     adapter: str | None = None,
     on_answers: Callable[[int, Sequence[DrawnAnswer]], None] = lambda prompt, answers: None,
 ) -> list[list[DrawnAnswer]]:
-    """`settings.num` answers to each prompt, token ids. They follow from the seed of the prompt, whatever else is
-    drawn. `adapter`: its name in the decoder's set; None: the model as it is. `on_answers` gets the number of a
-    prompt and its answers as soon as all of them have ended.
+    """`settings.num` answers to each prompt, token ids. They follow from the seed of the prompt, whatever else
+    is drawn. `adapter`: its name in the decoder's set; None: the model as it is. `on_answers` gets the number
+    of a prompt and its answers as soon as all of them have ended.
 
     Raises OutOfMemoryError where not even the answers to one prompt fit,
     NonFiniteError for logits that are no numbers.

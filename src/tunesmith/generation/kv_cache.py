@@ -44,7 +44,7 @@ def room_for(num_tokens: int) -> int:
 
 @dataclass(eq=False)
 class SequenceSlot:
-    """One sequence: how much of it has been read, and where that is kept."""
+    """One sequence: the number of its tokens that were read, and the pool that holds their keys and values."""
 
     adapter: str | None
     pool: KVPool

@@ -44,8 +44,8 @@ def places_room(num_tokens: int, num_answers: int = 1) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ResumedAnswer:
-    """An answer that started elsewhere. The prompt of its request has its first tokens at the end, and was
-    read but for its very last token."""
+    """An answer that started elsewhere. The prompt of its request ends with the answer's first tokens; all of
+    it but the last token was read."""
 
     slot: SequenceSlot
     """The tokens that were read, with a place for one more."""
@@ -145,7 +145,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def cancel(self, key: int) -> None:
-        """Drop a request, wherever it is; it has no further events."""
+        """Drop a request, queued or running; it has no further events."""
         self.waiting = deque(request for request in self.waiting if request.key != key)
         for prefill in [prefill for prefill in self._prefills if prefill.request.key == key]:
             self._prefills.remove(prefill)
@@ -174,7 +174,7 @@ class Scheduler:
         return events
 
     def _within_memory(self, work: Callable[[], T]) -> T | None:
-        """Do `work` and return its result; None: memory ended."""
+        """Call `work` and return its result; None if memory ran out."""
         try:
             return work()
         except (MemoryError, RuntimeError) as error:
@@ -184,8 +184,7 @@ class Scheduler:
         return None
 
     def _give_way(self) -> list[KeyedEvent]:
-        """Fail the youngest request, so that there is memory for others; all, if
-        their step cannot be made again."""
+        """Fail the newest request to free memory for the others; fail all if their step cannot be repeated."""
         keys = {prefill.request.key for prefill in self._prefills}
         keys |= {answer.request.key for answer in self._answers.values()}
         youngest = [max(keys)] if self._decoder.can_redo else sorted(keys)

@@ -45,8 +45,8 @@ def written_together(num_tokens: float, cache: int) -> int:
 
 
 class Writing:
-    """Answers that are being written, by their keys. `answers` has those that are done,
-    and none that memory ended for."""
+    """Answers that are being written, by their keys. `answers` has the finished ones; it lacks those for which
+    memory did not suffice."""
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class Writing:
         self._scheduler.add(request)
 
     def go_on(self, tick: Tick, *, to_the_end: bool) -> None:
-        """Write until there is room for more, or to the end of all. Raises NonFiniteError
-        for logits that are no numbers."""
+        """Write until there is room for more answers, or until all are written. Raises NonFiniteError for
+        logits that are no numbers."""
         scheduler = self._scheduler
         if not (scheduler.is_busy if to_the_end else self.is_full):
             return

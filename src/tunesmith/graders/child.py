@@ -84,7 +84,7 @@ def _prctl(option: int, value: int = 1) -> None:
 
 
 def _without_network() -> bool:
-    """Leave the network, where the kernel lets an ordinary user; whether it did."""
+    """Leave the network, if the kernel lets an ordinary user do so. Returns whether it did."""
     unshare = getattr(ctypes.CDLL(None), "unshare", None) if sys.platform == "linux" else None
     return unshare is not None and unshare(_NEW_USER | _NEW_NET) == 0
 
@@ -210,9 +210,10 @@ def _number(value: Any) -> float | None:
 def _forked(
     work: Callable[[int, int], None], seed: int, limits: Limits, then: Callable[[str], bytes] | None = None
 ) -> tuple[str, Answer | None]:
-    """What a fork that calls `work(read, write)` said, up to a line end, and a problem if there was one.
+    """Call `work(read, write)` in a fork. Returns the line that it wrote, and a problem if there was one.
 
-    `then`: makes, in the fork's folder, what is sent to it after its first line; it has a second line to say.
+    `then` gets the fork's first line and returns, from inside the fork's folder, what is sent to it; the fork
+    then writes a second line.
     """
     folder = tempfile.mkdtemp(prefix="grade-")
     (from_fork, to_us), (from_us, to_fork) = os.pipe(), os.pipe()
@@ -246,12 +247,12 @@ def _forked(
         rmtree(folder, ignore_errors=True)
     if text is None or status == -signal.SIGXCPU:
         return "", {"kind": "timeout", "error": f"it took more than {limits['seconds']:g} s and was ended"}
-    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
-    return text, None if text else {"kind": "died", "error": f"its process ended by itself ({how})"}
+    ending = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+    return text, None if text else {"kind": "died", "error": f"its process ended by itself ({ending})"}
 
 
 def _line(source: int, ends: float) -> str | None:
-    """A line that a fork says; "": it ended before; None: its time did."""
+    """The line that a fork writes; "" if it ended before, None if its time ended."""
     text = b""
     while (left := ends - time.monotonic()) > 0:
         if select.select([source], [], [], left)[0]:
@@ -284,7 +285,8 @@ def _enter(folder: str, seed: int, limits: Limits) -> None:
 
 
 def _ended(pid: int, *, wait: bool) -> int:
-    """End a fork with all that it started; its exit code, or minus its signal. `wait`: it ends by itself."""
+    """End a fork and everything that it started. Returns its exit code, or minus the number of its signal.
+    `wait`: let it end by itself."""
     done, status, until = 0, 0, time.monotonic() + 1
     while wait and not done and time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -309,7 +311,7 @@ _RUN, _READ, _WRITE = runpy.run_path, os.read, os.write
 
 
 def _passes(code: str, test: str, seed: int, limits: Limits) -> bool:
-    """Whether a test passes on the code of an answer. Its pass is a word that this process alone knows until
+    """Whether the code of an answer passes a test. Its pass is a word that this process alone knows until
     the code is loaded, and the test's last line says it: an exit, a print or a replaced function is no pass."""
     word = ""
 

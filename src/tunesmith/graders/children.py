@@ -20,7 +20,7 @@ from tunesmith.graders.grade import GradeError
 from tunesmith.types import JsonObject, Record
 
 LOAD_S = 60.0
-"""Longest time in which the code of a grader is loaded."""
+"""Longest time that loading the code of a grader may take."""
 STARTING_GRACE_S = 10.0
 """Beyond the limit of a grade, which its process keeps by itself."""
 OFFLINE = (schema.Python, schema.UnitTests)
@@ -30,7 +30,7 @@ FIXED_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTW
 
 
 class Children:
-    """Runs the code of one grader, in as many processes as ask at the same time."""
+    """Runs the code of one grader, in a process for each grade that is made at the same time."""
 
     def __init__(self, grader: schema.LimitedGrader) -> None:
         if not hasattr(os, "fork"):

@@ -1,4 +1,4 @@
-"""Samples, and their grades."""
+"""An answer as a grader gets it, and its grade: a reward, or why there is none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ FAILURES: Mapping[str, str] = {
 
 
 class GradeError(Exception):
-    """A grade that failed: no reward, which is not a reward of 0. Kind "not_json": the answer failed."""
+    """A grade that failed: there is no reward, which differs from a reward of 0. Kind "not_json": the answer is
+    at fault, not the grader."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
@@ -45,7 +46,7 @@ class Answer:
     tools: Sequence[Record] = ()
     """Tool calls in OpenAI's shape."""
     ended: bool = True
-    """False: it was cut at the most tokens."""
+    """False: it was cut, since it reached the largest number of tokens."""
     tokens: int | None = None
 
     def as_sample(self) -> JsonObject:
@@ -75,9 +76,9 @@ class Grade:
 
     reward: float | None
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers: of the parts of a multi grader, or that a function gives."""
+    """Further numbers: one for each part of a multi grader, and those that a function returns by name."""
     kind: Kind | None = None
     error: str = ""
     is_unread: bool = False
-    """The grader reads JSON that the answer does not have: that part has its lowest reward."""
+    """True: the grader reads JSON and the answer has none, so that part gave its lowest reward."""
     seconds: float = 0.0

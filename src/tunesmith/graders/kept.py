@@ -1,4 +1,4 @@
-"""Grades that are not made again: in memory, and in a file of a run."""
+"""Grades that were made, in memory and in a file of a run, so that none is made twice."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _WORDS = {
 
 
 def object_of(grader: schema.Grader, grade: Grade, seconds: float) -> JsonObject:
-    """A grade in OpenAI's shape: all keys are always there, and the reward is a number beside an error too."""
+    """A grade in OpenAI's shape: it has all keys, and the reward is a number even if the grade failed."""
     parts = schema.parts_of(grader)
     errors: JsonObject = {**dict.fromkeys(_FLAGS, False), **dict.fromkeys(_WORDS.values())}
     name = ERRORS[grade.kind] if grade.kind is not None else "sample_parse_error" if grade.is_unread else ""

@@ -1,4 +1,4 @@
-"""The trial of a grader as a page, in the looks of a run's report."""
+"""The trial of a grader as an HTML page that looks like a run's report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tunesmith.version import __version__
 
 
 def page_of(values: Record, verdicts: Sequence[Verdict], *, grader: str, data: str) -> str:
-    """HTML of `trial.results` that loads nothing."""
+    """`trial.results` and the verdicts as one HTML file that loads nothing else."""
     report = {
         "name": grader,
         "task": "grader",
@@ -53,7 +53,7 @@ def _histogram(kind: str, entry: Record) -> Plot:
         edges = np.array(entry["edges"])
         look: JsonObject = {"color": ACCENT, "alpha": 0.55, "edgecolor": PAPER}
         axes.bar(edges[:-1], entry["counts"], width=np.diff(edges), align="edge", **look)
-        axes.set(xlabel=REWARD_KEY, ylabel="answers")
+        axes.set(xlabel="reward of an answer", ylabel="answers")
         axes.grid(visible=False, axis="x")
 
     title = PLAYED[kind][0].upper() + PLAYED[kind][1:]

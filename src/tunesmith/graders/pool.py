@@ -1,4 +1,4 @@
-"""Grades of many answers at once."""
+"""Grade many answers at once: threads, children that run code, and grades that are made only once."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from tunesmith.types import Record
 
 JUDGED_AT_ONCE = 8
 MOST_REWARD = 1e30
-"""Sums of larger ones end."""
+"""Largest reward: sums of larger ones would overflow."""
 _CODE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 IN_CHILDREN = schema.CodeGrader | schema.Regex | schema.JsonSchema
-"""Code, and what a pattern can keep busy for ever; where processes fork, also what long texts can."""
+"""Graders that need a process of their own: they run code, or match patterns, which may never end. Where
+processes fork, comparisons of long texts join them."""
 
 
 class Scorer(Protocol):
     """Grades answers in this process, see `schema.RewardRun`."""
 
     identity: Mapping[str, str]
-    """Hashes of all that its numbers follow from."""
+    """Hashes of everything that its numbers depend on."""
 
     def __call__(self, item: Record, text: str, /) -> float: ...
 
@@ -44,10 +45,11 @@ def _no_scorer(part: schema.RewardRun) -> Scorer:
 
 
 class Pool:
-    """Grades answers by a grader; a context manager, at whose end no process is left.
+    """Grades answers by a grader. A context manager: on exit it ends all its processes.
 
-    `kept`: grades by the digest of all they follow from, which are not made again: given by whoever keeps them
-    for longer. `scorer_of` loads a reward run. Raises InputError for a grader that cannot be loaded.
+    `kept`: grades by the digest of everything that they depend on, so that none is made twice; a caller passes
+    a mapping that outlives the pool. `scorer_of` loads a reward run. Raises InputError for a grader that cannot
+    be loaded.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Pool:
         self.close()
 
     def close(self) -> None:
-        """End its processes and let go of its reward runs: it grades nothing more."""
+        """End the processes and drop the reward runs: nothing can be graded afterwards."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for child in self.children.values():
             child.close()

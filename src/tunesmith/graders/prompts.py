@@ -25,7 +25,7 @@ MOST_ROW_PROBLEMS = 20
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row: what a model gets, and all fields as they are."""
+    """A row: the prompt that a model gets, and all fields of the row, which the grader reads."""
 
     source: str
     item: Record
@@ -62,7 +62,7 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
 
 
 def prompt_of(record: Record, source: Source) -> Prompt | list[Problem]:
-    """One row, or its problems."""
+    """The prompt of a row, or the problems that the row has."""
     row = RowProblems(source)
     prompt, answer, tools = prompt_in(record, row)
     if row.problems:

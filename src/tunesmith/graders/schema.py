@@ -24,7 +24,7 @@ RUN_PREFIX = "run:"
 REFUSED = {
     "label_model": "a judge that gives classes is not offered. Let a `score_model` grader give a number.",
 }
-"""Types that are known and not offered."""
+"""Types of OpenAI's that are not offered, with the way out."""
 
 
 class _Grader(BaseModel):
@@ -47,7 +47,7 @@ class TextSimilarity(_Grader):
         "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
     ]
     pass_threshold: float | None = None
-    """Older examples have it; a reward is the similarity itself."""
+    """Read because older examples have it, and not used: the reward is the similarity itself."""
     seconds: ClassVar[float] = GRADER_SECONDS  # no option, so that grades that were kept before still count
     memory_gib: ClassVar[float] = MEMORY_GIB
 
@@ -257,7 +257,7 @@ _GRADER: TypeAdapter[Grader] = TypeAdapter(Annotated[Grader, Field(discriminator
 
 
 def parts_of(grader: Grader) -> dict[str, Single]:
-    """The graders of which one is made, by name: itself under "", unless it is a multi."""
+    """The parts of a multi grader by name; of any other grader the grader itself, under the name ""."""
     return dict(grader.graders) if isinstance(grader, Multi) else {"": grader}
 
 
@@ -324,7 +324,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
 
 
 def texts_of(grader: Grader) -> Iterator[tuple[str, str]]:
-    """(place, text) of every text of a grader in which variables may be."""
+    """(place, text) of every text of a grader that may contain variables."""
     for name, part in parts_of(grader).items():
         before = f"graders.{name}." if name else ""
         for key in ("input", "reference", "pattern"):

@@ -1,7 +1,7 @@
-"""Graders of strangers, as clients of a server send them: which may run here, and the form in which they run.
+"""Graders that clients send to a server: which of them may run here, and in which form.
 
-What a grader reads is its owner's, what it uses is the server's: code, addresses, keys, files and limits are
-allowed by who runs the server, or not at all.
+A client decides what its grader reads. Whoever runs the server decides what it may use: code, addresses, keys,
+files and limits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class JudgeAccess(BaseModel):
 
 
 class GraderRules(BaseModel):
-    """Graders of clients may use this, beyond their own texts."""
+    """The things that graders of clients may use beyond the texts of rows and answers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -51,8 +51,7 @@ class GraderRules(BaseModel):
 
 
 class GraderRefusedError(InputError):
-    """A grader that is none ("invalid_grader"), or that may not run here
-    ("grader_not_allowed"), with its place."""
+    """A grader that is invalid ("invalid_grader") or may not run here ("grader_not_allowed"), with its place."""
 
     def __init__(self, message: str, *, code: str, place: str) -> None:
         super().__init__(message)
@@ -60,7 +59,7 @@ class GraderRefusedError(InputError):
 
 
 def runnable(sent: Any, rules: GraderRules, place: str) -> JsonObject:
-    """A stranger's grader as `schema.from_value` takes it, with what the server adds. Nothing of it is run.
+    """A client's grader in the form that `schema.from_value` takes, with the server's additions. No code runs.
 
     Raises GraderRefusedError.
     """

@@ -30,7 +30,8 @@ def _steps(match: re.Match[str]) -> list[str | int]:
 
 
 def check(text: str, item: Record | None, place: str) -> None:
-    """Raise InputError for a variable that neither a sample nor `item`, the first row, has. None: any field."""
+    """Raise InputError for a variable that neither a sample nor `item`, the first row, has. `item` None: every
+    field of a row is accepted."""
     for match in _VARIABLE.finditer(text):
         space, first, *_ = _steps(match)
         known = SAMPLE if space == "sample" else None if item is None else tuple(item)

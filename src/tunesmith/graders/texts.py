@@ -29,14 +29,14 @@ NGRAMS = 4
 
 
 def needed_package(grader: schema.Single) -> str:
-    """The package of the extra `graders` that a grader cannot do without; "" for none."""
+    """The package of the extra `graders` that a grader needs; "" if it needs none."""
     if isinstance(grader, schema.TextSimilarity) and grader.evaluation_metric == "fuzzy_match":
         return "rapidfuzz"
     return "jsonschema" if isinstance(grader, schema.JsonSchema) else ""
 
 
 def refuse_lacking(grader: schema.Single) -> None:
-    """Raise InputError for a package that a grader needs and that is missing, and for a schema that is none."""
+    """Raise InputError if a package is missing that a grader needs, or if its JSON schema is invalid."""
     package = needed_package(grader)
     if package:
         try:
@@ -78,7 +78,7 @@ def _string_check(operation: str, text: str, reference: str) -> float:
 
 
 def similarity(metric: str, text: str, reference: str) -> float:
-    """The likeness of two texts, from 0 to 1. Words are lower case, runs of letters and digits."""
+    """The similarity of two texts, from 0 to 1. Words are runs of letters and digits in lower case."""
     if metric == "fuzzy_match":
         from rapidfuzz import fuzz, utils
 
@@ -93,7 +93,7 @@ def similarity(metric: str, text: str, reference: str) -> float:
 
 
 def _overlap(words: list[str], reference: list[str], n: int) -> tuple[int, int, int]:
-    """N-grams that both have, that the words have, that the reference has."""
+    """Numbers of n-grams: shared ones, all of the words, all of the reference."""
     ours, theirs = (Counter(zip(*(side[i:] for i in range(n)), strict=False)) for side in (words, reference))
     return (ours & theirs).total(), ours.total(), theirs.total()
 
@@ -148,7 +148,8 @@ def _length(grader: schema.Length, text: str, tokens: int | None) -> float:
 
 @lru_cache(64)
 def _validator(text: str) -> Any:
-    """A schema refers to itself or to the published drafts: nothing is read from an address or a file."""
+    """The validator of a JSON schema, which may refer to itself and to the published drafts: nothing is read
+    from an address or a file. Raises InputError for a schema that is invalid."""
     from jsonschema import exceptions, validators
     from jsonschema_specifications import REGISTRY
 
@@ -163,7 +164,7 @@ def _validator(text: str) -> Any:
 
 
 def _schema(grader: schema.JsonSchema, text: str) -> float:
-    """1 without an error, 0 for what is not JSON, 1 / (1 + errors) between."""
+    """1 / (1 + errors of the schema), so 1 for a text without errors; 0 for a text that is not JSON."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

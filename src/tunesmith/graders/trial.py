@@ -1,4 +1,4 @@
-"""A grader is tried: on answers that must win, on answers that must not, and on those of a model."""
+"""Try a grader on answers that must win, on answers that must not win, and on a model's answers."""
 
 # I prompts, S samples of a prompt
 
@@ -74,7 +74,7 @@ def grade_all(
 
 
 def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: float = 1.0) -> JsonObject:
-    """All that is said of a trial, in plain values: by kind, of the model's groups, of errors and of time.
+    """The result of a trial in plain values: rewards by kind of answer, the model's groups, errors and times.
 
     `passes`: the reward at which an answer counts as right.
     """
@@ -94,7 +94,7 @@ def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: floa
 
 
 def by_row(entries: Sequence[Graded]) -> dict[int, list[float]]:
-    """The rewards of each row that has any."""
+    """Rewards by row, for rows with at least one."""
     rewards: dict[int, list[float]] = {}
     for entry in entries:
         if entry.grade.reward is not None:
@@ -128,7 +128,7 @@ def _of_kind(entries: Sequence[Graded]) -> JsonObject:
 
 
 def _of_model(entries: Sequence[Graded], passes: float) -> JsonObject:
-    """Means over prompts of what a group of a model's answers says, each with its interval over prompts."""
+    """Measures of the model's answers, group by group: means over prompts, each with its interval."""
     groups, most = list(by_row(entries).values()), max(Counter(entry.row for entry in entries).values())
     if not groups:
         return {"samples": most, "measures": {}, "groups": {}, "length": None}
@@ -148,10 +148,11 @@ def _of_model(entries: Sequence[Graded], passes: float) -> JsonObject:
 
 
 def spread_of(size: int, rewards: Sequence[float]) -> float:
-    """The chance that `size` answers to a prompt do not all get one reward, by the rewards of drawn ones.
+    """The chance that `size` answers to a prompt do not all get the same reward, from the rewards of answers
+    that were drawn.
 
-    Without bias up to their number. Of more answers it is the chance for their number, a lower bound: more
-    answers can only spread more.
+    The estimate has no bias as long as `size` is at most their number. Above it the chance for their number is
+    returned, a lower bound: more answers can only spread more.
     """
     counts, num = Counter(rewards).values(), len(rewards)
     size = min(size, num)
@@ -159,8 +160,8 @@ def spread_of(size: int, rewards: Sequence[float]) -> float:
 
 
 def length_correlation(entries: Sequence[Graded]) -> float | None:
-    """Pearson's r of reward and tokens within the groups, whose means are taken out: what training would see.
-    None where either does not vary."""
+    """Pearson's r of reward and number of tokens, each less its group's mean, since training compares answers
+    within a group. None if either does not vary."""
     groups: dict[int, list[tuple[float, float]]] = {}
     for entry in entries:
         if entry.answer.tokens is not None and entry.grade.reward is not None:
@@ -176,8 +177,8 @@ def length_correlation(entries: Sequence[Graded]) -> float | None:
 
 
 def _won(kinds: Mapping[str, Sequence[Graded]]) -> dict[str, JsonObject]:
-    """Of answers that must not win, their mean and that of the references, or else of the model's answers, on
-    the rows that have both."""
+    """The mean reward of each kind of answer that must not win, and the mean of the references on the same
+    rows; without references, of the model's answers."""
     right = "reference" if kinds["reference"] else MODEL
     against = {row: mean(group) for row, group in by_row(kinds[right]).items()}
     won = {}
@@ -195,7 +196,7 @@ def _won(kinds: Mapping[str, Sequence[Graded]]) -> dict[str, JsonObject]:
 
 
 def _errors(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[JsonObject]:
-    """Kinds of failed grades, the commonest first: how many, and the first places."""
+    """Failed grades by kind, the most frequent first: their number, and where the first of them are."""
     failed = Counter(entry.grade.kind for entry in graded if entry.grade.kind is not None)
     errors = []
     for kind, num in failed.most_common():

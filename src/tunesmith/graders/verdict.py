@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ LEAST_SPREAD, MOST_CORRELATION, MOST_FAILED = 0.2, 0.5, 0.01
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A sentence; `refuses`: nothing should be trained with this grader as it is."""
+    """A sentence about a grader; `refuses`: nothing should be trained with the grader as it is."""
 
     words: str
     refuses: bool = False
@@ -106,22 +107,8 @@ def _of_model(values: Record) -> Iterator[Verdict]:
 def lines_of(values: Record) -> Iterator[tuple[str, str, str, str]]:
     """(what, value, 95 % interval, distribution) of every measure."""
     for kind, entry in values["kinds"].items():
-        failed = entry["answers"] - entry["scored"]
-        odd = [f"{failed:,} without reward"] * (failed > 0) + [f"{entry['unread']:,} without the JSON"] * (
-            entry["unread"] > 0
-        )
-        what = PLAYED[kind] + (f" ({', '.join(odd)})" if odd else "")
-        if entry["mean"] is None:
-            yield what, "–", "", ""
-            continue
-        bars = "".join(BARS[-((1 - len(BARS)) * num // max(entry["counts"]))] for num in entry["counts"])
-        spread = (
-            f"{entry['low']:.3g} {bars} {entry['high']:.3g}"
-            if entry["low"] < entry["high"]
-            else f"all {entry['low']:.3g}"
-        )
-        yield what, f"{entry['mean']['value']:.3f}", _bounds(entry["mean"]), spread
-        if kind in ("reference", MODEL):
+        yield _line_of_kind(kind, entry)
+        if entry["mean"] is not None and kind in ("reference", MODEL):
             yield from ((f"  {name}", f"{mean:.3f}", "", "") for name, mean in entry["scores"].items())
     model = values["model"] or {"measures": {}, "groups": {}, "length": None}
     for name, measure in model["measures"].items():
@@ -133,6 +120,21 @@ def lines_of(values: Record) -> Iterator[tuple[str, str, str, str]]:
     if model["length"] is not None:
         yield "correlation of reward with tokens", f"{model['length']:.2f}", "", ""
     yield "seconds a grade, median and 99 %", f"{values['seconds']['p50']:.2g}, {values['seconds']['p99']:.2g}", "", ""
+
+
+def _line_of_kind(kind: str, entry: Record) -> tuple[str, str, str, str]:
+    """The line of one kind of answers, with a histogram of their rewards."""
+    odd = {"without reward": entry["answers"] - entry["scored"], "without the JSON": entry["unread"]}
+    counted = ", ".join(f"{num:,} {words}" for words, num in odd.items() if num)
+    what = f"{PLAYED[kind]} ({counted})" if counted else PLAYED[kind]
+    if entry["mean"] is None:
+        return what, "–", "", ""
+    spread = f"all {entry['low']:.3g}"
+    if entry["low"] < entry["high"]:
+        most = max(entry["counts"])
+        bars = "".join(BARS[math.ceil((len(BARS) - 1) * num / most)] for num in entry["counts"])
+        spread = f"{entry['low']:.3g} {bars} {entry['high']:.3g}"
+    return what, f"{entry['mean']['value']:.3f}", _bounds(entry["mean"]), spread
 
 
 def _bounds(interval: Mapping[str, float] | None) -> str:

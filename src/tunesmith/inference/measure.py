@@ -252,7 +252,8 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
         progress=progress,
     )
     measured = (store, np.arange(len(store)), predictions)
-    return settled(task, measured, recipe=loaded.recipe, tokenizer=loaded.renderer.tokenizer)
+    options, tokenizer = loaded.recipe, loaded.renderer.tokenizer
+    return settled(task, measured, embed=options.embed, prefer=options.prefer, tokenizer=tokenizer)
 
 
 @contextmanager

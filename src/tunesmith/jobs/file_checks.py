@@ -28,7 +28,7 @@ from tunesmith.recipe import load
 from tunesmith.runs.atomic import write_atomic
 from tunesmith.types import JsonObject, Record
 
-AT_ONCE = 2
+CHECKS_AT_ONCE = 2
 """Checks, each of another project."""
 MOST_ATTEMPTS = 3
 """Checks of a job that are ended from outside; starts of its run without a new checkpoint between them; crashes
@@ -70,7 +70,7 @@ class FileChecks:
     def begin(self, waiting: Iterable[Record]) -> None:
         """Start what there is room for: jobs that are not checked, the projects in turn."""
         for job in sorted(waiting, key=lambda job: (self.last_start.get(job["project"], 0), job["seq"])):
-            if len(self.active) >= AT_ONCE:
+            if len(self.active) >= CHECKS_AT_ONCE:
                 break
             if job["id"] not in self.active and all(project != job["project"] for project, _ in self.active.values()):
                 self.active[job["id"]] = (job["project"], self.start(self._place(job["id"]), self._request(job)))
@@ -225,7 +225,7 @@ def job_recipe(
     if times != "auto":
         from_request["optim"] = {"lr_times": float(times)}
     if beta != "auto":
-        from_request["prefer"] = {"beta": float(beta)}
+        from_request[checked.task] = {"beta": float(beta)}  # a task's own options are in the section of its name
     if grader is not None:
         from_request |= reinforcement.sections_of(numbers, grader)
     recipe: JsonObject = {"method": {"name": "lora"}, **base.recipe}

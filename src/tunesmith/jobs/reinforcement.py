@@ -10,7 +10,7 @@ from tunesmith.recipe.reinforcement import USUAL_PROMPTS, Reinforce, updates_of
 from tunesmith.recipe.schema import EvaluationOptions
 from tunesmith.types import JsonObject, Record
 
-USUAL = Reinforce()
+DEFAULTS = Reinforce()
 LEAST_SAMPLES, MOST_SAMPLES = 2, 64
 EVALUATIONS, EVALUATION_SHARE = 10, 0.25
 """Evaluations of a run by `eval_interval: auto`; fewer where they would draw more of its answers than a share."""
@@ -20,7 +20,7 @@ def samples_of(compute_multiplier: float | str) -> int:
     """Answers drawn to each prompt of a step: the usual number times `compute_multiplier`,
     within what can be learnt from."""
     times = 1.0 if isinstance(compute_multiplier, str) else compute_multiplier
-    return min(MOST_SAMPLES, max(LEAST_SAMPLES, round(USUAL.samples * times)))
+    return min(MOST_SAMPLES, max(LEAST_SAMPLES, round(DEFAULTS.samples * times)))
 
 
 def decided(numbers: Record, *, num_rows: int, num_validation: int) -> JsonObject:
@@ -32,7 +32,7 @@ def decided(numbers: Record, *, num_rows: int, num_validation: int) -> JsonObjec
     if epochs == "auto":
         epochs = max(1, round(updates_of(num_rows, rows) / per_epoch))
     if held_out == "auto":
-        held_out = USUAL.held_out_samples
+        held_out = DEFAULTS.held_out_samples
     if interval == "auto":
         cost = num_validation * held_out / (rows * samples)  # of an evaluation, in steps
         interval = max(1, math.ceil(epochs * per_epoch / EVALUATIONS), math.ceil(cost / EVALUATION_SHARE))
@@ -54,7 +54,7 @@ def sections_of(numbers: Record, grader: Path) -> JsonObject:
 def numbers_of(options: Reinforce, evaluation: EvaluationOptions) -> JsonObject:
     """The numbers that only a reinforcement job has, as its run has them."""
     return {
-        "compute_multiplier": options.samples / USUAL.samples,
+        "compute_multiplier": options.samples / DEFAULTS.samples,
         "eval_interval": evaluation.every,
         "eval_samples": options.held_out_samples,
         "reasoning_effort": "default",
@@ -63,10 +63,11 @@ def numbers_of(options: Reinforce, evaluation: EvaluationOptions) -> JsonObject:
 
 def sentences_on(numbers: Record) -> Iterator[str]:
     """Sentences that say what the numbers mean here, for the events of the job."""
-    samples, times = samples_of(numbers["compute_multiplier"]), numbers["compute_multiplier"]
-    yield f"compute_multiplier {times}: {samples} answers are drawn to each prompt of a step; {USUAL.samples} are usual"
-    if not isinstance(times, str) and not LEAST_SAMPLES <= round(USUAL.samples * times) <= MOST_SAMPLES:
-        yield f"compute_multiplier {times:g} is taken as {samples / USUAL.samples:g}: {samples} answers are the bound"
+    times, usual = numbers["compute_multiplier"], DEFAULTS.samples
+    samples = samples_of(times)
+    yield f"compute_multiplier {times}: {samples} answers are drawn to each prompt of a step; {usual} are usual"
+    if not isinstance(times, str) and not LEAST_SAMPLES <= round(usual * times) <= MOST_SAMPLES:
+        yield f"compute_multiplier {times:g} is taken as {samples / usual:g}: {samples} answers are the bound"
     yield (
         f"Rewards of the validation file are measured each {numbers['eval_interval']:,} steps, with "
         f"{numbers['eval_samples']} answers to each prompt"

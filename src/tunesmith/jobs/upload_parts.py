@@ -43,7 +43,7 @@ from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import Parameters
 from tunesmith.types import Record
 
-MAX_BYTES = 8 << 30
+MAX_JOINED_BYTES = 8 << 30
 MAX_PART_BYTES = 64 << 20
 MAX_PARTS = 10_000
 MOST_PENDING = 100
@@ -58,7 +58,7 @@ _PART = re.compile(r"part_[0-9A-Za-z]+")
 class UploadBody(Parameters):
     """POST /v1/uploads"""
 
-    bytes: int = Field(ge=1, le=MAX_BYTES)
+    bytes: int = Field(ge=1, le=MAX_JOINED_BYTES)
     filename: str = Field(min_length=1, max_length=4096)
     mime_type: str = Field(max_length=255)
     purpose: str

@@ -21,7 +21,7 @@ from tunesmith.errors import ModelError
 from tunesmith.methods import expert_format
 from tunesmith.methods.expert_lora import ExpertLora
 from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, put_adapters
-from tunesmith.methods.lora_layer import LoraLinear, shape_OI
+from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.new_token_embeddings import ROWS_SUFFIX, tables
 from tunesmith.methods.targets import (
     Target,
@@ -30,6 +30,7 @@ from tunesmith.methods.targets import (
     is_inside,
     matches,
     named_targets,
+    shape_OI,
     tied_modules,
     tied_reasons,
 )
@@ -107,26 +108,28 @@ def base_reference(located: ModelRef) -> str:
 def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) -> JsonObject:
     """The adapter_config.json of an adapter."""
     settings, rows, sizes = attachment.settings, attachment.rows, attachment.sizes
+    model, modules = attachment.model, attachment.whole.modules
+    written_whole = [*head_modules(model, attachment.whole.head), *modules, *tied_modules(model, modules)]
     linears = {name: layer for name, layer in attachment.layers.items() if isinstance(layer, LoraLinear)}
-    products = [target.name for target in expert_targets(attachment.model)]
+    products = [target.name for target in expert_targets(model)]
     adapted_products = dict.fromkeys(_products(attachment))
     of_experts = {"target_parameters": shortest_ends(adapted_products, products, least=2)}
     return {
         "peft_type": "LORA",
-        "task_type": task_type(attachment.model),
+        "task_type": task_type(model),
         "base_model_name_or_path": base,
         "revision": revision,
         "r": settings.rank,
         "lora_alpha": _as_int(settings.alpha),
         "lora_dropout": settings.dropout,
-        "target_modules": shortest_ends(linears, module_names(attachment.model)),
+        "target_modules": shortest_ends(linears, module_names(model)),
         "fan_in_fan_out": any(layer.is_transposed for layer in linears.values()),
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": settings.rslora,
         "use_dora": isinstance(settings, DoraMethod),
-        "modules_to_save": _whole_modules(attachment) or None,
+        "modules_to_save": list(dict.fromkeys(written_whole)) or None,
         "trainable_token_indices": None if rows is None else {name: list(rows.ids) for name in rows.names},
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -211,13 +214,6 @@ def _tensors(attachment: LoraAttachment) -> dict[str, Tensor]:
     for name, weight in _saved_modules(attachment.model, attachment.whole.modules).items():
         tensors[name] = masters[id(weight)].clone()  # tied ones are there twice, and safetensors wants no sharing
     return expert_format.to_file(tensors, _products(attachment))
-
-
-def _whole_modules(attachment: LoraAttachment) -> list[str]:
-    """The modules that are written whole: the head's and the named ones, with the ones tied to them."""
-    model, modules = attachment.model, attachment.whole.modules
-    names = [*head_modules(model, attachment.whole.head), *modules, *tied_modules(model, modules)]
-    return list(dict.fromkeys(names))
 
 
 def _saved_modules(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:

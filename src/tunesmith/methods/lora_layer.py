@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.methods.targets import PLAIN_FORWARDS
+from tunesmith.methods.targets import PLAIN_FORWARDS, shape_OI
 from tunesmith.models.heads import generator
-from tunesmith.models.linear_nodes import LinearParts, Weight, dense, linears
+from tunesmith.models.linear_nodes import LinearParts, Weight, linears
 from tunesmith.models.quantized import QuantizedLinear
 
 
@@ -82,12 +82,12 @@ class LoraLinear(nn.Module):
 
     @property
     def _can_fuse(self) -> bool:
-        """With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from
-        torch's own generator, which gradient checkpointing restores before it recomputes."""
+        """False with dropout: the two paths then see different inputs, so autograd adds their gradients. Dropout
+        draws from torch's own generator, which gradient checkpointing restores before it recomputes."""
         return self._product_is_known and not (self.dropout and self.training)
 
     def parts(self) -> LinearParts | None:
-        """What it computes with now; None if it does not compute by that alone."""
+        """The tensors that the layer computes with now; None if it computes with others too."""
         if type(self).forward is not LoraLinear.forward or not (self.active and self._can_fuse):
             return None
         return LinearParts(self.frozen, self.bias, self.lora_A, self.lora_B, self.scale)
@@ -147,26 +147,11 @@ def _length_O(v_OI: Tensor) -> Tensor:
     return length_O
 
 
-def shape_OI(layer: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.shape_OI
-    rows, columns = layer.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
-
-
 def lora_forward(
     x: Tensor, weight: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
 ) -> Tensor:
     """[..., I] → [..., O]."""
     return linears(x, [LinearParts(weight, bias_O, a_RI, b_OR, scale)])[0]
-
-
-def lora_forward_reference(
-    x: Tensor, weight: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
-) -> Tensor:
-    """`lora_forward` by plain autograd: the oracle of tests."""
-    return F.linear(x, dense(weight), bias_O) + F.linear(F.linear(x, a_RI), b_OR) * scale
 
 
 def initial_matrices(layer: nn.Module, *, name: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -40,15 +40,10 @@ def packing(settings: QloraMethod) -> PackOnLoad:
     """
     check_installed()
     return PackOnLoad(
-        lambda model: [_weight_name(target) for target in _choose(model, settings)[0] if len(target.names) == 1],
+        lambda model: [target.weight_name for target in _choose(model, settings)[0] if len(target.names) == 1],
         _pack_read,
         element_size=ELEMENT_SIZE,
     )
-
-
-def _weight_name(target: Target) -> str:
-    """The name of a layer's weight in a plain model: a product of experts is the tensor itself."""
-    return target.name if target.is_of_experts else f"{target.name}.weight"
 
 
 @torch.no_grad()

@@ -69,6 +69,11 @@ class Target:
     def is_of_experts(self) -> bool:
         return isinstance(self.module, EXPERT_LAYERS)
 
+    @property
+    def weight_name(self) -> str:
+        """The name of its weight in a plain model: a product of experts is the tensor itself."""
+        return self.name if self.is_of_experts else f"{self.name}.weight"
+
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     """The linear layers that `targets` mean, each once, in the order of the model, and behind them products of
@@ -432,7 +437,7 @@ def is_router(model: nn.Module, name: str) -> bool:
     names = (*inside, *(type(holder).__name__.lower() for holder in holders))
     if any("router" in part for part in names):
         return True
-    outputs = _num_outputs(model.get_submodule(name))
+    outputs, _ = shape_OI(model.get_submodule(name))
     for holder, key in zip(holders[-2::-1], inside[:0:-1], strict=True):
         branch = getattr(holder, key)
         if len(list(islice((part for part in branch.modules() if isinstance(part, LINEARS)), 2))) > 1:
@@ -444,10 +449,12 @@ def is_router(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _num_outputs(linear: nn.Module) -> int:
+def shape_OI(linear: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
     if isinstance(linear, QuantizedLinear):
-        return linear.shape_OI[0]
-    return linear.get_parameter("weight").shape[1 if isinstance(linear, Conv1D) else 0]
+        return linear.shape_OI
+    rows, columns = linear.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
 def _expert_counts(module: nn.Module) -> set[int]:

@@ -1,4 +1,4 @@
-"""The values behind the pages as JSON, and all that a page may do: routes of `/v1`, for programs too."""
+"""The values behind the pages as JSON, and every act of a page: routes of `/v1`, for programs too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tunesmith.summaries.live import MOST_POINTS, curve_values
 from tunesmith.summaries.runs import UNREADABLE
 
 SET = "set."
-"""Stands in front of the name of an option in an address."""
+"""Prefix of the name of an option in an address."""
 
 
 class NewRun(StrictModel):

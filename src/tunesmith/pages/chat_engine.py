@@ -14,12 +14,12 @@ from tunesmith.serve.protocol import EngineOptions, EngineState, GenerationReque
 from tunesmith.types import JsonObject
 
 IDLE_S = 1200.0
-"""Without a question for so long, the model gives its memory back."""
-LOOK_S = 20.0
+"""Seconds without a question after which the model is unloaded."""
+IDLE_CHECK_S = 20.0
 
 
 class ChatEngine:
-    """`protocol.Engine` over the engine of the run that is chatted with; one at a time."""
+    """A `protocol.Engine` over the engine of the run that is loaded; one run at a time."""
 
     def __init__(self, root: Path, options: EngineOptions, note: Callable[[str], None]) -> None:
         self._root, self._options, self._note = root, options, note
@@ -48,7 +48,7 @@ class ChatEngine:
         return {"target": self.target, "state": state, "error": self.error, "stays": stays, "models": models}
 
     async def load(self, target: str, *, stays: bool = False) -> None:
-        """Begin to load a run with its base, in place of what is loaded. `stays`: it stays also when nobody asks."""
+        """Begin to load a run with its base, in place of the loaded one. `stays`: not unloaded when it is idle."""
         async with self._beginning:
             is_loading = self._task is not None and not self._task.done()
             if target == self.target and (is_loading or self._engine is not None):
@@ -61,7 +61,7 @@ class ChatEngine:
             self._task = asyncio.create_task(self._load(target))
 
     async def unload(self) -> None:
-        """Give the memory back."""
+        """Unload the run and free its memory."""
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()  # an engine that is on its way would come all the same
             await asyncio.gather(self._task, return_exceptions=True)
@@ -83,7 +83,7 @@ class ChatEngine:
 
     async def _give_back(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(IDLE_CHECK_S)
             if self._engine is not None and self._engine.state().running:
                 self._used = time.monotonic()
             if self._engine is not None and not self.stays and time.monotonic() - self._used > IDLE_S:

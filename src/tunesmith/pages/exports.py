@@ -1,4 +1,4 @@
-"""Exports that pages start, by `tunesmith export` in a process of its own, and all of a run with their proof."""
+"""Exports that pages start, by `tunesmith export` in a process of its own, and a run's exports with their proof."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from tunesmith.errors import TunesmithError
 from tunesmith.jobs.launcher import ChildProcess
-from tunesmith.pages.launches import ENDED, OUTPUT, start_process
+from tunesmith.pages.launches import ENDED_SILENTLY, OUTPUT, start_process
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
 from tunesmith.summaries.runs import UNREADABLE
 from tunesmith.types import JsonObject, Record
 
-WORD = re.compile(r"[a-z]+(:[a-z0-9_]+)?")
+EXPORT_WORD = re.compile(r"[a-z]+(:[a-z0-9_]+)?")
 OFFERED = ("merged", "adapter", "gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "ollama:q8_0", "onnx")
 """Words of `export.to` that pages name; programs may name others."""
 CHECK_FILE = "verify.json"
@@ -23,7 +23,7 @@ CHECK_FILE = "verify.json"
 
 def start(run: Run, word: str, *, offline: bool) -> JsonObject:
     """Begin an export by its word of `export.to`, TARGET or TARGET:VALUE. Raises RequestError."""
-    if not WORD.fullmatch(word):
+    if not EXPORT_WORD.fullmatch(word):
         raise RequestError(f"to: {word[:100]!r}: is no export. One of {', '.join(OFFERED)}.", param="to")
     try:
         run.result()
@@ -70,6 +70,6 @@ def _export(run: Run, place: Path) -> JsonObject:
     if child.is_alive():
         return row | {"state": "making", "error": None}
     if row["check"] is None and error is None and printed.get("kind") != "export":
-        error = {"message": ENDED}
+        error = {"message": ENDED_SILENTLY}
     state = "done" if row["check"] is not None else "failed" if error else ""  # "": it was moved away since
     return row | {"state": state, "error": error}

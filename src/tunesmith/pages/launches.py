@@ -25,7 +25,7 @@ RESUMABLE = ("stopped", "interrupted", "failed", "new")
 WHOLE_CARD = {CARD_SHARE: "1"}
 ENDS_S = 3.0
 """Time for a killed process to be gone."""
-ENDED = "its process ended without a word: it was killed, or memory ran out."
+ENDED_SILENTLY = "its process ended without a word: it was killed, or memory ran out."
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,19 @@ class Wanted:
     """Options by key, as they were typed."""
 
     def words(self) -> list[str]:
-        """The words after `tunesmith train` and `plan`. Raises RequestError for what reads as an option."""
-        for name, value in (("model", self.model), ("data", self.data)):
-            if not value.strip() or value.startswith("-") or "\0" in value:
-                raise RequestError(f"{name}: {value[:100]!r}: name one that is here.", param=name)
-        return [self.model, self.data, *set_words(self.settings)]
+        """The words after `tunesmith train` and `plan`. Raises RequestError."""
+        return [argument("model", self.model), argument("data", self.data), *set_words(self.settings)]
+
+
+def argument(name: str, value: str) -> str:
+    """The value as a command's argument. Raises RequestError for one that is empty or reads as an option."""
+    if not value.strip() or value.startswith("-") or "\0" in value:
+        raise RequestError(f"{name}: {value[:100]!r}: name one that is here.", param=name)
+    return value
 
 
 def set_words(settings: Iterable[tuple[str, str]]) -> list[str]:
-    """The words that set options. Raises RequestError for what is no name of one."""
+    """The words that set options. Raises RequestError for a key that is no name of an option."""
     pairs = sorted(settings)
     for key, value in pairs:
         if not re.fullmatch(r"[a-z_][a-z_0-9.]*", key) or "\0" in value:
@@ -115,7 +119,7 @@ def starting_runs(root: Path) -> Iterator[JsonObject]:
         if not (run / "run.json").exists():
             child = ChildProcess(run)
             state = "starting" if child.is_alive() else "not started"
-            error = None if state == "starting" else child.error() or {"message": ENDED}
+            error = None if state == "starting" else child.error() or {"message": ENDED_SILENTLY}
             yield {"name": run.name, "state": state, "error": error}
 
 

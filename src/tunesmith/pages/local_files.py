@@ -21,12 +21,12 @@ from tunesmith.types import JsonObject
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".conll", ".xlsx", ".txt", ".gz")
 """Endings of files of rows."""
 DEPTH = 3
-"""Folders deep that are looked into."""
+"""Levels of folders that are searched."""
 MOST_LISTED = 400
 MOST_LOOKED_AT = 20_000
-MOST_BYTES = 64 * 2**30
+MOST_UPLOADED = 64 * 2**30
 KEPT_FREE = 2**30
-"""Bytes of the disk that an upload leaves."""
+"""Bytes that an upload leaves free on the disk."""
 SKIPPED = ("runs", "node_modules", "site-packages", "__pycache__", "checkpoints", "exports")
 _SOURCE = re.compile(r"(?P<path>.+):(?P<line>\d{1,12})")
 BEFORE = 2
@@ -76,7 +76,7 @@ class LocalFiles:
         return {"files": newest, "models": places, "more": "; ".join(left_out)}
 
     def places(self) -> dict[str, str]:
-        """The names of the files of rows by their whole paths."""
+        """Absolute path → name of each file of rows."""
         return {os.path.abspath(file["path"]): str(file["name"]) for file in self.listing()["files"]}
 
     def find(self, name: str) -> str:
@@ -103,14 +103,13 @@ class LocalFiles:
     async def receive(self, name: str, request: Request) -> JsonObject:
         """Store the body of a request as a new file of that name; a name that is taken gets a number.
 
-        Raises RequestError for a name that is no file's, or another kind of file,
-        and where the disk has no room.
+        Raises RequestError for a name that is not allowed, another kind of file, and a disk without room.
         """
         if not re.fullmatch(r"[^/\\\0-\x1f\x7f]{1,200}", name) or name.startswith("."):
             raise RequestError(f"{name[:100]!r}: is no name for a file.", param="name")
         if not name.lower().endswith(ROWS):
             raise RequestError(f"{name[:100]}: rows are in files that end in {', '.join(ROWS)}.", param="name")
-        room = min(MOST_BYTES, free_bytes(self.folder) - KEPT_FREE)
+        room = min(MOST_UPLOADED, free_bytes(self.folder) - KEPT_FREE)
         if int(request.headers.get("content-length") or 0) > room:
             raise RequestError(f"{name}: the disk has no room for it.", status=507, code="storage")
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{id(request):x}"
@@ -131,7 +130,7 @@ class LocalFiles:
         return {"name": self._name(path), "path": str(path), "bytes": path.stat().st_size}
 
     def _link(self, temporary: Path, name: str) -> Path:
-        """Give a whole file its name, and never that of another."""
+        """Give a complete file its name, or a numbered one if another file has it."""
         first, dot, rest = name.partition(".")
         for number in range(1, 1000):
             path = self.folder / (name if number == 1 else f"{first}-{number}{dot}{rest}")

@@ -43,7 +43,7 @@ MOST_CHARACTERS = 20_000
 
 
 def shown(value: Any) -> Any:
-    """A value as a template puts it in."""
+    """A value as it is put into a template: the control characters of texts made visible."""
     return phrases.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -56,7 +56,7 @@ def data(text: Any) -> Markup:
 
 
 def prose(text: Any) -> Markup:
-    """A sentence, what it has in backticks as code."""
+    """A sentence with its parts in backticks as code."""
     parts = phrases.visible(str(text)).split("`")
     if len(parts) % 2 == 0:
         return Markup("{}").format(phrases.visible(str(text)))
@@ -81,7 +81,7 @@ def environment() -> Environment:
 
 
 def page(request: Request, template: str, status: int = 200, /, **values: Any) -> Response:
-    """A page, with what all of them have."""
+    """A page from a template, with the values that every page has."""
     theme = request.cookies.get(THEME, "")
     common = {"theme": theme if theme in ("light", "dark") else "", "path": request.url.path, "machine": machine()}
     text = environment().get_template(template).render(**common, **values)
@@ -95,7 +95,7 @@ def machine() -> str:
 
 
 def error_page(request: Request, error: RequestError) -> Response:
-    """A refusal as a page: its words, and ways on."""
+    """A refusal as a page: its message, and links that lead on."""
     answer = page(request, "error.html", error.status, message=str(error), number=error.status)
     answer.headers.update(error.headers)
     return answer

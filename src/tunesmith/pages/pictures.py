@@ -20,7 +20,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class _Scale:
-    """From steps and losses to places in the picture."""
+    """Maps steps and losses to coordinates of the picture."""
 
     last: float
     low: float
@@ -126,12 +126,12 @@ def _finite_pairs(pairs: Iterable[Any]) -> list[tuple[float, float]]:
 
 
 def progress(share: float, label: str) -> Markup:
-    """A bar that is full to a share of it."""
+    """A bar that is filled to this share."""
     return _bar("bar", label, 6, [("full", 0.0, 100 * min(max(share, 0.0), 1.0), "")])
 
 
 def parts_bar(parts: Sequence[tuple[str, float]], room: float, label: str) -> Markup:
-    """Parts of a whole against the room that there is; what passes its end has a colour of its own."""
+    """A bar of parts against the available room; the part beyond it has a colour of its own."""
     total = sum(num for _, num in parts)
     unit = 100 / max(total, room, 1.0)
     at, drawn = 0.0, []

@@ -1,4 +1,4 @@
-"""The list of runs: a page of the newest, and every run at work, without reading the logs of ten thousand."""
+"""The list of runs: a page of the newest, and all at work, without reading the log of every run in the folder."""
 
 from __future__ import annotations
 

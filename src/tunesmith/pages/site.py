@@ -1,4 +1,4 @@
-"""The folders behind the pages of one server, and the commands that they ask."""
+"""The folders behind the pages of one server, and the commands whose answers pages show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.pages.chat_engine import ChatEngine
-from tunesmith.pages.launches import Wanted
+from tunesmith.pages.launches import Wanted, argument
 from tunesmith.pages.live import FollowedLog, LiveRuns
 from tunesmith.pages.local_files import LocalFiles
 from tunesmith.pages.run_list import RunList
@@ -23,9 +23,9 @@ COMMAND = "tunesmith"
 """The module of all commands."""
 RESULT_PROCESS = "tunesmith.pages.result_process"
 PLAN_AGE_S = 120.0
-"""A plan names the memory of its moment."""
-MOST_COMPARED = 8
-MOST_AT_ONCE = 4
+"""Seconds that a plan is shown again: it names the memory that was free when it was made."""
+MOST_RUNS_COMPARED = 8
+MOST_AT_WORK = 4
 """Runs at work beyond which pages start none."""
 
 
@@ -49,7 +49,7 @@ class Site:
     def room_for_one(self) -> Iterator[None]:
         """A block in which no other run is started. Raises RequestError 409 where too many are at work."""
         with self._starting:
-            if (num_working := len(self.run_list.at_work())) >= MOST_AT_ONCE:
+            if (num_working := len(self.run_list.at_work())) >= MOST_AT_WORK:
                 message = f"{num_working} runs are at work, each with a model in memory. Wait, or use a terminal."
                 raise RequestError(message, status=409, code="conflict")
             self.commands.end_spare()  # the run has its memory
@@ -68,7 +68,7 @@ class Site:
         return self.runs.log(self.find(name))
 
     def check(self, path: str, model: str, lines: tuple[int, int] | None = None) -> Reply:
-        """The answer of `tunesmith check`: of the whole file, or rows of it as they are read."""
+        """The answer of `tunesmith check`: about the whole file, or some of its rows as the model reads them."""
         words = check_words(path, model)
         words += ["--rows", f"{lines[0]}-{lines[1]}"] if lines else []
         files = [Path(path), Path(model or ".") / "tokenizer.json"]
@@ -91,8 +91,8 @@ class Site:
 
     def compare(self, names: Sequence[str]) -> Reply:
         """The answer of `tunesmith compare` on 2 to 8 runs by name. Raises RequestError for another number."""
-        if not 2 <= len(names) <= MOST_COMPARED:
-            raise RequestError(f"run: {len(names)} runs: name 2 to {MOST_COMPARED}.", param="run")
+        if not 2 <= len(names) <= MOST_RUNS_COMPARED:
+            raise RequestError(f"run: {len(names)} runs: name 2 to {MOST_RUNS_COMPARED}.", param="run")
         runs = [self.find(name) for name in names]
         read = [run.path / "evaluation" / name for run in runs for name in ("after.jsonl", "answers-after.jsonl")]
         files = [*read, *(path for run in runs for path in (run.report_path, run.recipe_path))]
@@ -103,11 +103,8 @@ class Site:
 
 
 def check_words(path: str, model: str) -> list[str]:
-    """The words of `tunesmith check`."""
-    for name, value in (("file", path), ("model", model)):
-        if value.startswith("-") or "\0" in value:
-            raise RequestError(f"{name}: {value[:100]!r}: name one that is here.", param=name)
-    return ["check", path, *(["--model", model] if model else [])]
+    """The words of `tunesmith check`. Raises RequestError."""
+    return ["check", argument("file", path), *(["--model", argument("model", model)] if model else [])]
 
 
 def answer_values(answer: Reply) -> JsonObject:

@@ -28,9 +28,9 @@ GB = 10**9
 EFFICIENCY = 0.4
 """Share of a card's peak that tuning reaches: 0.41 and 0.43 are published for LoRA on an H100 (NeMo AutoModel's
 performance summary, Llama 3 8B and Qwen2.5 7B)."""
-CUDA_LAUNCH, CUDA_START, CPU_LAUNCH = 5e-6, 18e-6, 35e-6
-"""Seconds to start one operation alone; with the code of the model and of torch, on a card (5,300 counted
-operations of 32 layers of a LoRA step take a core some 90 ms), and on a processor, which waits for it."""
+CUDA_START, CPU_LAUNCH = 18e-6, 35e-6
+"""Seconds to start one operation with the code of the model and of torch: on a card (5,300 counted operations of
+32 layers of a LoRA step take a core some 90 ms), and on a processor, which waits for it."""
 CUDA_CONTEXT = 800 * 2**20
 """Memory that CUDA and its libraries keep on a card for one process that computes."""
 GROUP = 400 * 2**20

@@ -26,8 +26,7 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.data.sampler import MicroBatch
 from tunesmith.errors import RecipeError
 from tunesmith.methods import METHODS, attach
-from tunesmith.methods.lora_layer import shape_OI
-from tunesmith.methods.targets import inner_linears
+from tunesmith.methods.targets import inner_linears, shape_OI
 from tunesmith.models.experts import expert_layers, experts_per_token
 from tunesmith.models.fast_layers import keeps_less, reads_again
 from tunesmith.models.fused_loss import (
@@ -181,10 +180,8 @@ class Memory:
 def sizes_of(
     recipe: Recipe, located: ModelRef, *, head: HeadName, labels: Labels | None, store: RowStore | None
 ) -> tuple[Sizes, nn.Module]:
-    """The sizes of a recipe's model, made without weights, and that model.
-
-    Raises ModelError where no model can be made from the config alone, and what attaching the method raises.
-    """
+    """The sizes of a recipe's model, made without weights, and that model. Raises ModelError where no model can
+    be made from the config alone, and what attaching the method raises."""
     method = METHODS[recipe.method.name]
     with torch.device("meta"), silence_transformers():
         model = meta_model(located, dtype=TORCH_DTYPES[resolved(recipe.precision)], head=head, labels=labels)
@@ -194,7 +191,8 @@ def sizes_of(
     experts = _Experts.of(model)
     saved = _saved_by_packing(model, experts) if method.quantizes else 0
     features += sum(conv.in_channels + conv.out_channels for conv in _linear_convs(model)) + experts.features
-    stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
+    stack, config = layers_of(model), model.config.get_text_config()
+    split = _split_weights(model, recipe.model) if recipe.shard is True else {}
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
     uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs a layer again
     with torch.device("meta"):
@@ -312,11 +310,9 @@ def layers_to_split(model: nn.Module, name: str) -> Sequence[nn.Module]:
     raise RecipeError(f"shard: true: not with model: {name}: {why}. Leave shard out.")
 
 
-def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
-    """Bytes of each weight, by name, that the recipe splits over its devices: the weights of the layers."""
-    if recipe.shard is not True:
-        return {}
-    inside = {id(weight) for layer in layers_to_split(model, recipe.model) for weight in layer.parameters()}
+def _split_weights(model: PreTrainedModel, name: str) -> dict[str, int]:
+    """Bytes of each weight that is split over devices, by its name. `name`: the model's."""
+    inside = {id(weight) for layer in layers_to_split(model, name) for weight in layer.parameters()}
     return {name: weight.nbytes for name, weight in model.named_parameters() if id(weight) in inside}
 
 

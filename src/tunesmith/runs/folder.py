@@ -25,7 +25,6 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -196,21 +195,13 @@ class Run:
         return self.place(load.load(str(self.recipe_path)))
 
     def place(self, recipe: Recipe) -> Recipe:
-        """Give a recipe of this run the current places of its files and the date of its chat template."""
+        """Give a recipe of this run the current places of its files."""
         from tunesmith.recipe.origin import Origin
 
         facts: Any = {}
         with suppress(RunError):
             facts = self.read_json("run.json")
-        return Origin.of(self.path, facts, base=self.base).put(self.dated(recipe))
-
-    def dated(self, recipe: Recipe) -> Recipe:
-        """Set the date that the chat template writes. Earlier versions did not record it: their rows were
-        encoded on the day the run was made."""
-        if recipe.data.date != "auto":
-            return recipe
-        day = date.fromtimestamp(self.created).isoformat()
-        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
+        return Origin.of(self.path, facts, base=self.base).put(recipe)
 
     def started_from(self) -> Run | None:
         """The run whose merged result this one was tuned on; None: it was tuned on another model."""

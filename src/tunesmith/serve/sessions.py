@@ -29,7 +29,7 @@ SESSION_S = 30 * 86_400
 MOST_SESSIONS = 100
 MOST_WRONG, WRONG_S = 5, 60.0
 """Wrong keys that are looked at, and in how many seconds."""
-OPEN = ("/ui/open", "/ui/login")
+OPEN_PATHS = ("/ui/open", "/ui/login")
 """Paths that need no session: they lead to one."""
 ASSETS = "/ui/static/"
 READING = ("GET", "HEAD")
@@ -147,7 +147,7 @@ class Access:
 
     async def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
         """See middleware.Admission."""
-        if path in OPEN or (path.startswith(ASSETS) and method in READING):
+        if path in OPEN_PATHS or (path.startswith(ASSETS) and method in READING):
             return ""
         if self.keys is not None and self.keys.accepts(headers.get(b"authorization")):
             return ""

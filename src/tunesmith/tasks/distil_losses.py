@@ -1,5 +1,4 @@
-"""Losses by a teacher: at the tokens of rows by the list that was kept of it, at
-drawn answers by all it finds."""
+"""Losses by a teacher: at tokens of rows by its list of likely tokens, at drawn answers by all its logits."""
 
 # N targets, B rows, V vocabulary, D hidden size of the teacher
 

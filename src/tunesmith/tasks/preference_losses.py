@@ -35,7 +35,7 @@ USUAL_PREFER = Prefer()
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """What a model and its reference find of some rows, float64."""
+    """Log-probabilities of answers, their numbers of tokens, and the reference's log-probabilities; float64."""
 
     s_B2: Tensor
     n_B2: Tensor

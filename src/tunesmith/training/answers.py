@@ -1,4 +1,4 @@
-"""Held-out prompts that a run answers before its first step and after its last, from rows that it measures."""
+"""Answers to held-out prompts, before the first step and after the last, written as rows are measured."""
 
 from __future__ import annotations
 

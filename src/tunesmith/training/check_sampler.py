@@ -1,5 +1,4 @@
-"""The model that draws answers is the one that learns them: refused before the first
-update where the two differ."""
+"""Check before the first update that sampler and learner give a token the same log-probability."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Draws what a step of task reinforce learns: answers to its prompts, their grades, and the advantage of each.
+"""Draw the rows that a step of task reinforce learns: answers to its prompts, their grades and advantages.
 
-A draw is a function of the weights, the seed, the step, the prompts and the grades. Grades are kept by
-the digest of all they follow from, so that a resumed run gets those that it got before, also of a
-judge that answers otherwise today.
+A draw is a function of the weights, the seed, the step, the prompts and the grades. Grades are kept by the
+digest of everything that they depend on, so a resumed run gets the grades that it got before, even from a judge
+that answers differently today.
 """
 
 # N trained tokens of an answer, C numbers of each
@@ -51,20 +51,20 @@ SEEDS = 2**64 - 7
 HELD_OUT = 0
 """The step by whose random numbers held-out prompts are answered, before training and after."""
 LEAST_GRADED = 0.5
-"""Share of a step's answers without which it is not learnt."""
+"""Share of a step's answers that need a reward; with fewer the step is not learnt."""
 
 
 class CountedAnswer(NamedTuple):
-    """An answer with a reward that counts."""
+    """An answer whose reward counts."""
 
     group: Group
     number: int
-    """Its place in the group."""
+    """The index of the answer in its group."""
     advantage: float
 
     @property
     def num_tokens(self) -> int:
-        """Its tokens."""
+        """Number of its tokens."""
         return len(self.group.answers[self.number].ids)
 
 
@@ -123,8 +123,8 @@ class Drawing:
         return Drawn(view, [group.row for group in drawn.groups], values, drawn.timing)
 
     def _draw(self, state: TrainState, step: int) -> None:
-        """Draw for a step and for those that learn from the same draw. Nothing is
-        kept where too few have a reward."""
+        """Draw for a step and for the later steps that learn from the same draw. Nothing is kept if too few
+        answers have a reward."""
         if late := self._late(step):
             raise RunError(
                 f"step {step}: learns from answers that are drawn before step {step - late} (reinforce.updates: "
@@ -146,13 +146,12 @@ class Drawing:
         return (step - 1) % self.options.updates
 
     def pending(self, step: int) -> JsonObject:
-        """The answers for later steps that were drawn by weights that are gone:
-        {step: values}, for a checkpoint."""
+        """Answers for later steps, drawn by weights that no longer exist: {step: values}, for a checkpoint."""
         ahead = self._ahead if self._late(step + 1) else {}
         return {str(at): drawn.values() for at, drawn in ahead.items() if at > step}
 
     def take(self, pending: JsonObject) -> None:
-        """Take what a checkpoint has from `pending`."""
+        """Take the answers that a checkpoint got from `pending`."""
         self._ahead = {int(at): DrawnStep.of(values) for at, values in pending.items()}
 
     def keep_in(self, folder: Path) -> list[str]:

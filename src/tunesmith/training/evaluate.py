@@ -142,7 +142,8 @@ def _outcomes(
         for other, other_I in other_rows(sides, collator.store, rows_I, most=setup.recipe.embed.documents):
             others.append((other.store, other_I, _predicted(session, other, other_I, "documents")))
     own = (collator.store, rows_I, _predicted(session, collator, rows_I, what, writing))
-    return settled(setup.task, own, others, recipe=setup.recipe, tokenizer=setup.renderer.tokenizer)
+    recipe, tokenizer = setup.recipe, setup.renderer.tokenizer
+    return settled(setup.task, own, others, embed=recipe.embed, prefer=recipe.prefer, tokenizer=tokenizer)
 
 
 def _predicted(

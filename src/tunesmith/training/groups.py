@@ -1,7 +1,7 @@
-"""Answers to the prompts of a step with their grades, which are drawn at the step or some steps before it.
+"""Graded answers to the prompts of a step, drawn at the step or some steps before it.
 
-They become JSON, since a checkpoint between a draw and its last step has what is left of it; and all ranks get
-what each has drawn.
+They are written as JSON into a checkpoint that lies between a draw and its last step, and sent between ranks,
+each of which draws some of them.
 """
 
 # N trained tokens of an answer
@@ -66,12 +66,12 @@ class DrawnStep:
 
     groups: Sequence[Group]
     old: Sequence[NDArray[np.float32]] = ()
-    """[N] of each row that the step learns: log π_old, by the weights that drew it. None: the step draws
-    by the weights that it updates."""
+    """[N] of each row that the step learns: log π_old, by the weights that drew it. Empty: the weights that the
+    step updates have drawn them."""
     timing: dict[str, float] = field(default_factory=dict)
 
     def values(self) -> JsonObject:
-        """As JSON; the seconds that it took are left out."""
+        """As JSON, without the seconds that the draw took."""
         old = [logps_N.tolist() for logps_N in self.old]
         return {"groups": [group.values() for group in self.groups], "old": old}
 
@@ -91,7 +91,7 @@ def all_answers(world: World, mine: Sequence[Sequence[DrawnAnswer]], num: int) -
 
 
 def first_grades(world: World, grades: Sequence[Sequence[Grade]]) -> list[list[Grade]]:
-    """The grades that the first rank has made, on every rank."""
+    """The grades of the first rank, which makes all of them, on every rank."""
     if world.size == 1:
         return list(map(list, grades))
     first = world.gather_values([[asdict(grade) for grade in of_prompt] for of_prompt in grades])[0]

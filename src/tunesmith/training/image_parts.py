@@ -1,4 +1,4 @@
-"""Runs whose rows have images: what is trained of the model, and what is refused by name."""
+"""Runs whose rows have images: the parts of the model that are trained, and the options that are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEEING_METHODS = ("lora", "dora", "full")
 
 
 def decide_seeing(decisions: Decisions, rows: Splits) -> None:
-    """Decide what full tuning trains where rows have images. Raises RecipeError for what cannot be done with them."""
+    """Decide what full tuning trains where rows have images. Raises RecipeError for options that forbid images."""
     recipe = decisions.recipe
     if not rows.has_images:
         return

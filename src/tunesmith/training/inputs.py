@@ -30,11 +30,10 @@ from tunesmith.types import Choice, HeadName, ModelKind
 
 @dataclass(frozen=True)
 class Inputs:
-    """What follows from recipe and model alone: rows are encoded by it, and it stays
-    with them in `ResolvedRun`."""
+    """Facts that follow from recipe and model alone. Rows are encoded by them, and `ResolvedRun` keeps them."""
 
     recipe: Recipe
-    """With the decisions so far."""
+    """The recipe with the decisions so far."""
     notes: list[str]
     located: ModelRef
     size: ModelSize

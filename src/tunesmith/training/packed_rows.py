@@ -1,4 +1,4 @@
-"""Whether rows may be packed: some of a run's own are tried with the model, those with images whole."""
+"""Try whether the model may run rows packed, with some rows of the run; rows with images are tried whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SeeingRows:
 
     rows: Sequence[Row] = ()
     too_long: str = ""
-    """Why none can be tried; "": they can, or no row has an image."""
+    """Why no row can be tried; "" if some can, or if no row has an image."""
     images: Mapping[int, ImageRef] = field(default_factory=dict)
     placeholders: Placeholders | None = None
 

@@ -1,4 +1,4 @@
-"""The reference of a run that compares answers: what the model of step 1 finds of each branch, kept.
+"""The reference of a run that compares answers: log-probabilities of each branch under the model of step 1.
 
     rows/<side>/<key>-<digest>.reference    SHA-256 of the rest, then float64 [I, K]
 

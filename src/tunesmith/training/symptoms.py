@@ -20,7 +20,7 @@ FAR_BELOW = 0.25
 BELOW = 0.7
 """Share of the training loss below which a held-out loss is odd: dropout and the next update explain less."""
 TIMES_LONGER = 1.5
-"""How many times as long as its reference an answer is that was cut off, at least, if it does not end."""
+"""Least ratio of a cut answer's length to its reference's at which the answer counts as endless."""
 
 
 def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss: Loss = PLAIN_LOSS) -> Iterator[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from tunesmith.evaluation.compare import never_right
@@ -39,28 +38,27 @@ def next_command(run: Path, advice: Record) -> str:
 
 def try_next(report: Record, recipe: Recipe, course: Course) -> list[Advice]:
     """At most `MOST_TRIED` changes, the one that mends most first; none if nothing measured calls for one."""
-    return list(islice(_advices(report, recipe, course), MOST_TRIED))
-
-
-def _advices(report: Record, recipe: Recipe, course: Course) -> Iterator[Advice]:
     if report["metrics"]["after"] is None:
-        if not recipe.data.eval:
-            yield Advice("Nothing was measured: hold out a tenth of the rows.", ("data.held_out=0.1",))
-        return
+        why = "Nothing was measured: hold out a tenth of the rows."
+        return [] if recipe.data.eval else [Advice(why, ("data.held_out=0.1",))]
+    advices: list[Advice] = []
     rate = resolved(recipe.optim.lr) if recipe.optim.lr != "auto" else 0.0
     losses = [values["loss"] for _, values in sorted(course, key=lambda pair: pair[0])]
     if rate and report.get("new_head") and len(losses) > 1 and min(losses[1:]) > WORSE_THAN_RANDOM * losses[0]:
-        yield Advice("Worse than its new head was at random: take smaller steps.", (f"optim.lr={rate / 10:.3g}",))
+        why = "Worse than its new head was at random: take smaller steps."
+        advices.append(Advice(why, (f"optim.lr={rate / 10:.3g}",)))
     never = list(never_right(report["details"]["after"], weights=report.get("class_weights")))
     if any("class_weights=balanced" in sentence for sentence in never):
-        yield Advice(f"{never[0]} Let rare classes count more.", ("train.class_weights=balanced",))
+        advices.append(Advice(f"{never[0]} Let rare classes count more.", ("train.class_weights=balanced",)))
     loss = report["changes"].get("loss")
     if rate and loss and loss["is_clear"] and loss["value"] > 0:
-        yield Advice("The held-out loss rose: take smaller steps.", (f"optim.lr={rate / 3:.3g}",))
+        advices.append(Advice("The held-out loss rose: take smaller steps.", (f"optim.lr={rate / 3:.3g}",)))
     elif rate and report.get("general") and report["general"]["past_bound"]:
-        yield Advice("General ability was lost: a lower rate keeps more of it.", (f"optim.lr={rate / 3:.3g}",))
+        why = "General ability was lost: a lower rate keeps more of it."
+        advices.append(Advice(why, (f"optim.lr={rate / 3:.3g}",)))
     epochs = recipe.train.epochs
     is_whole = epochs != "auto" and not recipe.train.max_steps and report["kept"].get("step") in (None, report["steps"])
     if is_whole and len(losses) > 2 and min(losses[:-1]) - losses[-1] > STILL_FALLING * losses[-1]:
         why = "The held-out loss was still falling at the end: train longer."
-        yield Advice(why, (f"train.epochs={2 * float(epochs):g}",))
+        advices.append(Advice(why, (f"train.epochs={2 * float(epochs):g}",)))
+    return advices[:MOST_TRIED]

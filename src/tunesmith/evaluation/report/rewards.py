@@ -39,7 +39,7 @@ def _course(series: RunSeries) -> Plot:
             spans = np.abs(np.nan_to_num(ends - values))
             steps = [step for step, _ in held]
             axes.errorbar(steps, values, spans, color=ACCENT, elinewidth=1, label="held out", **HELD_OUT_LINE)
-        axes.set(xlabel="step", ylabel=REWARD_KEY)
+        axes.set(xlabel="step", ylabel="mean reward")
         axes.legend(loc="lower right")
 
     return draw(REWARD_KEY, "Reward", "Mean of a step's answers, and of held-out prompts with 95 % intervals.", paint)
@@ -50,7 +50,7 @@ def _histogram(sides: Record) -> Plot:
         for (name, of_side), color, alpha in zip(sides.items(), (MUTED, ACCENT), (0.6, 0.5), strict=True):
             edges, counts = of_side["edges"], of_side["counts"]
             axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=color, alpha=alpha, label=name)
-        axes.set(xlabel=REWARD_KEY, ylabel="answers")
+        axes.set(xlabel="reward of an answer", ylabel="answers")
         axes.legend()
 
     return draw("rewards", "Rewards before and after", "Of answers to held-out prompts.", paint)
