@@ -69,6 +69,8 @@ class DrawnStep:
     """[N] of each row that the step learns: log π_old, by the weights that drew it. None: the step draws
     by the weights that it updates."""
     timing: dict[str, float] = field(default_factory=dict)
+    earlier_s: float = 0.0
+    """Seconds that the draw took, where it was made before the step began."""
 
     def values(self) -> JsonObject:
         """As JSON; the seconds that it took are left out."""
