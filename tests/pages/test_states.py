@@ -393,9 +393,36 @@ def test_rows_that_can_be_read_in_two_ways_go_on_by_a_click(tmp_path: Path, monk
     page = entered(site).get("/ui/new?file=rows.csv&model=m&set.seed=3").text
     columns = "%7Btext%3A+Body%2C+label%3A+Kind%7D"
     address = f"/ui/new?file=rows.csv&amp;model=m&amp;set.seed=3&amp;set.task=classify&amp;set.data.columns={columns}"
-    assert f'<a class="button" href="{address}">Learn <code>Kind</code></a>' in page
-    assert ">Learn the text itself</a>" in page
+    assert f'<a class="button" href="{address}"><span>Learn <code>Kind</code></span></a>' in page
+    assert ">Learn the text itself</span></a>" in page
     assert 'name="set.reinforce.grader"' in page, "an option can be set where no plan could be made"
+
+
+def test_a_run_that_has_just_ended_does_not_get_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process lives for a moment after its last line."""
+    run, _, _ = fake_run(tmp_path / "runs" / "over-0001")
+    monkeypatch.setattr(ChildProcess, "is_alive", lambda self: True)
+    assert launches.resuming(run) == (True, None)
+    run.append(Event("end", 120, 0.0, {"report": {}}))
+    assert launches.resuming(run) == (False, None)
+
+
+def test_a_run_is_named_as_the_command_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "start_child", lambda *_, **__: None)
+    wanted = launches.Wanted("m", str(tmp_path / "Kundenmeinungen März.csv"))
+    name = launches.start(tmp_path / "runs", wanted, offline=True)["name"]
+    assert name.rpartition("-")[0] == "kundenmeinungen-märz"
+
+
+def test_a_problem_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("{}\n")
+    site = site_in(tmp_path)
+    for message, times in (("rows.csv:1: no_shape: unlike any row.", 1), ("2 problems. Correct them.", 1)):
+        problem = {"file": "rows.csv", "line": 1, "code": "no_shape", "message": "unlike any row.", "fix": ""}
+        error = {"kind": "error", "message": message, "problems": [problem]}
+        monkeypatch.setattr(site, "plan", lambda wanted, measured, error=error: Reply([], error=error))
+        page = entered(site).get("/ui/new?file=rows.csv&model=m").text
+        assert page.count("unlike any row.") == times
 
 
 def test_the_list_of_runs_sees_who_begins_and_who_ends(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
@@ -134,7 +134,7 @@ def _called(function: Callable[..., Any]) -> Work:
             signature.bind("sample", "item")
         except TypeError:
             rule = "a grader takes two arguments, (sample, item): the answer and its row"
-            raise GradeError("exception", f"{function.__name__}{signature}: {rule}") from None
+            raise GradeError("exception", f"it takes {signature}: {rule}") from None
         return lambda request: function(request["sample"], request["item"])
 
     def as_trl(request: Record) -> Any:
@@ -196,14 +196,14 @@ def _trace(error: BaseException) -> str:
     return "".join([*lines, *trace.format_exception_only()]).strip()[-MOST_TRACE:]
 
 
-def _problem(error: BaseException, fields: Iterable[str] = ()) -> Answer:
+def _problem(error: BaseException, fields: Sequence[str] = ()) -> Answer:
     """What went wrong, with the way out of usual slips. `fields`: those of the row."""
     if isinstance(error, GradeError):
         return {"kind": error.kind, "error": str(error)}
     words = _trace(error)
     if isinstance(error, FileNotFoundError) and not os.path.isabs(error.filename or os.sep):
         words += "\nIt runs in an empty folder: find files next to its own by Path(__file__).parent."
-    if isinstance(error, KeyError) and fields and not set(error.args) & set(fields):
+    if isinstance(error, KeyError) and fields and error.args[0] not in fields:
         words += f"\nThe row has {listed(fields, MOST_FIELDS)}."
     return {"kind": "memory" if isinstance(error, MemoryError) else "exception", "error": words}
 
@@ -213,7 +213,7 @@ def _value_of(work: Work, request: Record) -> Answer:
     try:
         value = work(request)
     except KeyError as error:
-        return _problem(error, request["item"])
+        return _problem(error, list(request["item"]))
     scores = dict(value) if isinstance(value, Mapping) else {REWARD_KEY: value}
     numbers = {str(name): _number(value) for name, value in scores.items()}
     if numbers.get(REWARD_KEY) is None:
