@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from tunesmith.types import Problem
+    from tunesmith.types import Problem, Way
 
 
 _MEMORY_WORDS = (
@@ -60,6 +60,11 @@ class TunesmithError(Exception):
     topic = ""
     """Heading of docs/guide/troubleshooting.md that says more, for `tunesmith explain`."""
 
+    def __init__(self, message: str = "", *, ways: Sequence[Way] = ()) -> None:
+        """`ways`: the ways on that its words name, where options are ways."""
+        super().__init__(message)
+        self.ways = tuple(ways)
+
 
 class InputError(TunesmithError):
     """Input that cannot be used; nothing was changed."""
@@ -85,8 +90,9 @@ class DataError(InputError):
 
     topic = "rows"
 
-    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, problems: Sequence[Problem] = (), *, ways: Sequence[Way] = ()) -> None:
+        by_words = {way.words: way for problem in problems for way in problem.ways}
+        super().__init__(message, ways=[*ways, *by_words.values()])
         self.problems = tuple(problems)
 
 
@@ -127,8 +133,8 @@ class OutOfMemoryError(TunesmithError):
 
     topic = "out-of-memory"
 
-    def __init__(self, message: str, *, step: int, lengths: Sequence[int], peak: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, step: int, lengths: Sequence[int], peak: int, ways: Sequence[Way] = ()) -> None:
+        super().__init__(message, ways=ways)
         self.step = step
         self.lengths = tuple(lengths)
         self.peak = peak

@@ -102,6 +102,11 @@ def command(*words: object) -> str:
     return " ".join([*_program(), *(shlex.quote(str(word)) for word in words)])
 
 
+def set_words(settings: Mapping[str, object]) -> str:
+    """Options as the command line takes them: --set method.rank=8 --set seed=1."""
+    return " ".join(f"--set {key}={value}" for key, value in settings.items())
+
+
 def _program() -> list[str]:
     """`tunesmith` where the shell finds it; else the script or interpreter that started this process."""
     script = Path(sys.argv[0])

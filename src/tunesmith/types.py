@@ -100,6 +100,16 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """Options with which a command that was refused, or a run that failed, can go on."""
+
+    settings: Mapping[str, str | int]
+    """Values by key, as `--set` takes them."""
+    words: str = ""
+    """What they do, for a button; empty: the options themselves say it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One finding about one row. An `error` makes the row unusable, a `warning` does not."""
 
@@ -108,6 +118,8 @@ class Problem:
     message: str
     fix: str = ""
     severity: Literal["error", "warning"] = "error"
+    ways: tuple[Way, ...] = ()
+    """The ways on that `fix` names, where options are ways."""
 
     def __str__(self) -> str:
         return f"{self.source}: {self.code}: {self.message}" + (f" {self.fix}" if self.fix else "")

@@ -103,3 +103,22 @@ def test_lines_far_down_are_those_of_the_file(kind: str, tmp_path: Path) -> None
             assert [f"a{number - 1}", True] in shown[number]["spans"]
         for number in wanted & {702, 1_000}:
             assert shown[number]["problems"], number
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzip", "utf-16"])
+def test_rows_of_a_table_far_down_are_those_that_a_whole_reading_finds(kind: str, tmp_path: Path) -> None:
+    cells = ["plain words", 'a 5" screen', '"quoted, twice"', '"two\nlines"', '"said ""so"""', "y" * 20_000, ""]
+    cells.append('"three\n\nlines, ""odd"""')
+    rows = [f"q{i},{cells[(i * 5) % 8]}" for i in range(600)]
+    raw = "\r\n".join(["prompt,completion", *rows]).encode("utf-16" if kind == "utf-16" else "utf-8")
+    path = tmp_path / ("rows.csv.gz" if kind == "gzip" else "rows.csv")
+    path.write_bytes(gzip.compress(raw) if kind == "gzip" else raw)
+    num_lines = raw.decode("utf-16" if kind == "utf-16" else "utf-8").count("\n") + 1
+
+    def shown(first: int, last: int) -> list[Any]:
+        [printed] = checked(str(path), "--rows", f"{first}-{last}", "--json")
+        return list(json.loads(printed)["rows"])
+
+    whole = shown(1, num_lines)
+    for first in (2, 40, 41, 42, 300, num_lines - 1, num_lines + 1):
+        assert shown(first, first + 9) == [row for row in whole if first <= row["line"] < first + 10], first

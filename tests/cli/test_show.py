@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from evaluation.fake_runs import fake_run
+from evaluation.fake_runs import as_graded, fake_run
 from tunesmith.cli.app import app
 from tunesmith.cli.render import answers_table
+from tunesmith.cli.runs import _measures
 from tunesmith.evaluation import report
+from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
@@ -45,6 +47,16 @@ def test_a_finished_run_says_what_it_took_and_not_what_was_predicted(shown) -> N
     assert "held-out loss 2.2000 → 1.2998 at step 90, which was kept; 1.2683 at the end\n" in text
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
     assert f"{run.path.name}: done, made {made}" in text.replace("\n", "")
+
+
+def test_a_run_of_rewards_says_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its loss says nothing, and its held-out "loss" is minus the reward."""
+    run = as_graded(fake_run(tmp_path / "run", num_steps=4)[0])
+    _measures(Console(width=200), RunSeries.of(run.events()), None)
+    text = capsys.readouterr().out
+    assert "training reward 0.3750 → 0.8750: means of the first and the last 2 of 4 steps\n" in text
+    assert "held-out reward 0.1250 → " in text
+    assert "loss" not in text
 
 
 def test_a_run_at_work_says_how_far_it_is(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ import pytest
 from data.rows_of import comma_separated, json_lines, put
 from tunesmith.data.check import check
 from tunesmith.data.columns import ask_text_or_classes
+from tunesmith.data.splits import first_example
+from tunesmith.errors import DataError
+from tunesmith.recipe.load import load
 from tunesmith.recipe.schema import Data, DataFile
 
 
@@ -49,6 +52,21 @@ def test_text_beside_a_field_that_is_often_a_class_is_asked_about(name: str, val
     assert "--set task=text" in question
     for task in ("text", "classify"):
         assert check(data_of(path, columns={"label": name} if task == "classify" else {}), task=task).ok
+
+
+def test_the_ways_that_words_name_are_options_too(tmp_path: Path):
+    rows = [{"Bewertung": f"Das Paket kam am {i}. Tag, gut verpackt", "Stimmung": "gs"[i % 2]} for i in range(40)]
+    for path in (put(tmp_path, "a.csv", comma_separated(rows)), put(tmp_path, "a.jsonl", json_lines(rows))):
+        with pytest.raises(DataError) as refused:
+            first_example(data_of(path))
+        way = refused.value.ways[0]
+        assert way.settings == {"task": "classify", "data.columns": "{text: Bewertung, label: Stimmung}"}
+        assert way.words == "Learn the class `Stimmung` of `Bewertung`"
+        columns = load(None, [f"{key}={value}" for key, value in way.settings.items()]).data.columns
+        assert check(data_of(path, columns=columns), task="classify").ok
+    question = ask_text_or_classes(data_of(put(tmp_path, "b.csv", comma_separated(texts(mood=lambda i: "ab"[i % 2])))))
+    assert question is not None
+    assert [way.settings["task"] for way in question.ways] == ["classify", "text"]
 
 
 def test_text_without_classes_is_plain_text(tmp_path: Path):

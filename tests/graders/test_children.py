@@ -63,6 +63,40 @@ def test_a_failure_that_counts_as_zero_is_seen(tmp_path: Path, monkeypatch: pyte
         no_failure_counts_as_zero(found)
 
 
+BEGINNERS = """
+def grade(sample, item):
+    if sample["output_text"] == "opens":
+        open("words.txt")
+    if sample["output_text"] == "misses":
+        item["answr"]
+    1.0
+"""
+
+
+def test_usual_slips_are_named_with_their_way_out(tmp_path: Path) -> None:
+    none, opens, misses = grades(function_in(tmp_path, BEGINNERS), "none", "opens", "misses", item={"answer": "1"})
+    assert misses.error.endswith("KeyError: 'answr'\nThe row has answer.")
+    assert "^" not in misses.error, "no marks below lines that are printed as one"
+    assert "None, as a function does that ends without return" in none.error
+    assert opens.error.endswith("find files next to its own by Path(__file__).parent.")
+
+
+def test_packages_of_an_environment_next_to_a_grader_are_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / ".venv" / "site-packages"
+    place.mkdir(parents=True)
+    for name in (place / "installed.py", tmp_path / "mine.py"):
+        name.write_text("value = 1.0\n")
+    plant(
+        monkeypatch,
+        f"import sysconfig; sysconfig.get_path = lambda name: {str(place)!r}; sys.path.append({str(place)!r})",
+    )
+    source = "import installed, mine\ndef grade(sample, item):\n    return mine.value\n"
+    with Pool(function_in(tmp_path, source)) as pool:
+        assert sorted(pool.children[""].files) == ["grader.py", "mine.py"]
+
+
 LEAVES = """
 import os, signal, subprocess, time
 def grade(sample, item):

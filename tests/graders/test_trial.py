@@ -105,6 +105,20 @@ def test_failed_grades_are_counted_by_kind_with_their_line(rows: Path) -> None:
     }
 
 
+def test_a_grader_that_never_ends_is_refused_after_a_few_grades(rows: Path) -> None:
+    endless = "def grade(sample, item):\n    while True: pass\n"
+    function = {"type": "function", "file": "endless.py", "seconds": 0.2}
+    rows.with_name("endless.py").write_text(endless)
+    error = grade(rows, function, code=2).stderr
+    assert "rows.jsonl:1: none of the first 4 grades came in time: it took more than 0.2 s and was ended" in error
+
+
+def test_files_that_cannot_be_written_are_refused_first(rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "none" / "kept.jsonl"
+    error = grade(rows, RIGHT, "--model", "m", "--keep", "0:1", "--out", out, code=2).stderr
+    assert f"{out.parent} is no folder that may be written" in error
+
+
 def graded(*groups: list[tuple[float | None, int]]) -> list[Graded]:
     return [
         Graded(MODEL, row, Answer("x", tokens=tokens), Grade(reward, kind=None if reward is not None else "timeout"))

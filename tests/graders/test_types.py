@@ -187,7 +187,7 @@ def test_further_numbers_of_a_function_are_told_beside_its_reward(tmp_path: Path
         ({**STRING, "operation": "is"}, "operation: "),
         ({**STRING, "extra": 1}, "extra: there is no such option of this type"),
         ({"type": "label_model"}, "Let a `score_model` grader give a number"),
-        ({"type": "reward_run"}, "run: Field required"),
+        ({"type": "reward_run"}, "run: is missing"),
         ({"type": "text_similarity", "input": "", "reference": "", "evaluation_metric": "cosine"}, "rouge_l"),
         ({"type": "text_similarity", "input": "", "reference": "", "evaluation_metric": "meteor"}, "`python` grader"),
         ({"type": "python", "source": "", "image_tag": "2025-05-08"}, "Leave it out"),
@@ -228,8 +228,42 @@ def test_a_grader_that_cannot_be_loaded_is_an_error_with_its_line(tmp_path: Path
     with pytest.raises(InputError, match=r"line 2") as error:
         grades(function_in(tmp_path, "import math\nimport no_such_module\n"), "x")
     assert "no_such_module" in str(error.value)
-    with pytest.raises(InputError, match="has no function grade"):
-        grades(function_in(tmp_path, "def other(sample, item): return 1\n"), "x")
+    with pytest.raises(InputError, match=r"it has no function grade\. There are: other\."):
+        grades(function_in(tmp_path, "import math\ndef other(sample, item): return 1\n"), "x")
+    for arguments in ("text", "sample, item, more", ""):
+        with pytest.raises(InputError, match=r"takes two arguments, \(sample, item\)"):
+            grades(function_in(tmp_path, f"def grade({arguments}): return 1\n"), "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            {"type": "lenght", "high": 3},
+            r"type lenght: there is no such type\. Did you mean length\? One of str",
+        ),
+        ({"high": 3}, r"type: is missing\. One of string_check, "),
+        ([1], r"grader: is no object with a type"),
+        ({"type": "length"}, r"high: is missing\."),
+        (
+            {"type": "multi", "graders": {"a": {"type": "x"}}, "calculate_output": "a"},
+            r"graders\.a: type x: ",
+        ),
+    ],
+    ids=["typo", "no type", "list", "no option", "part"],
+)
+def test_a_value_that_is_no_grader_is_refused_in_plain_words(value: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        schema.from_value(value)
+
+
+def test_a_folder_may_have_a_colon_and_json_a_byte_order_mark(tmp_path: Path) -> None:
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "grader.py").write_text("def other(sample, item): return 1\n")
+    assert schema.load(f"{folder}/grader.py:other").function == "other"  # type: ignore[union-attr]
+    (folder / "grader.json").write_bytes(b"\xef\xbb\xbf" + b'{"type": "length", "high": 3}')
+    assert schema.load(str(folder / "grader.json")).type == "length"
 
 
 SAMPLE = Answer('{"a": [{"b": 2}]}', ({"function": {"name": "look"}},)).as_sample()

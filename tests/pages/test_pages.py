@@ -275,7 +275,7 @@ def test_a_plan_that_does_not_fit_cannot_be_started_and_says_why(
     monkeypatch.setattr(site, "plan", lambda wanted, measured: Reply([], values=values))
     page = entered(site).get("/ui/new?file=rows.jsonl&model=m").text
     text = Elements(page).text
-    assert "It needs 3.0 GiB and 1.0 GiB are there." in text
+    assert "It needs 3.0 GiB, and 1.0 GiB can be used." in text
     assert "qlora needs 0.9 GiB" in text
     assert "data-post" not in page
     assert '<button type="button" class="button" disabled>Start</button>' in page
@@ -340,7 +340,13 @@ def test_every_held_out_loss_is_in_the_picture() -> None:
     steps = list(range(1, 401))
     losses = [1 + 1 / step for step in steps]
     columns = {"step": steps, "mean": losses, "low": losses, "high": losses}
-    values = {"training": columns, "held_out": [[0, 9.0], [200, 1.5], [400, 1.2]], "steps": 400, "width": 1}
+    values = {
+        "training": columns,
+        "held_out": [[0, 9.0], [200, 1.5], [400, 1.2]],
+        "steps": 400,
+        "width": 1,
+        "aim": "loss",
+    }
     heights = [float(height) for height in re.findall(r'cy="([^"]+)"', pictures.curve(values))]
     assert len(heights) == 3
     assert all(0 < height < pictures.HEIGHT for height in heights)

@@ -21,7 +21,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import fresh
-from evaluation.fake_runs import fake_run
+from evaluation.fake_runs import as_graded, fake_run
 from pages.sites import (
     HTML,
     KEY,
@@ -62,6 +62,23 @@ def test_a_run_without_held_out_rows_or_answers_has_a_page(tmp_path: Path) -> No
     assert "Loss" in text
 
 
+def test_a_run_of_rewards_shows_rewards_and_no_loss(tmp_path: Path) -> None:
+    """Its loss says nothing, and its held-out "loss" is minus the reward."""
+    run = as_graded(fake_run(tmp_path / "runs" / "graded-0001", num_steps=4)[0])
+    client = entered(site_in(tmp_path))
+    page = client.get("/ui/runs/graded-0001").text
+    text = " ".join(Elements(page).text.split())
+    assert "<dt>Measure</dt><dd>reward 0.1250 → 0.7500</dd>" in page
+    assert "reward 0.1250 → 0.7500" in " ".join(Elements(client.get("/ui/").text).text.split())
+    assert '<td class="n">4</td><td class="n">1.0000</td>' in page, "the curve is of rewards"
+    assert not re.search(r"[-−]0\.\d", text), "no reward turned round"
+    curve = client.get("/v1/runs/graded-0001/series").json()
+    assert (curve["aim"], curve["training"]["mean"]) == ("reward", [0.25, 0.5, 0.75, 1.0])
+    assert curve["held_out"][0] == [0, 0.125]
+    [row] = json.loads(fresh.done("-m", "tunesmith", "runs", "--runs", run.path.parent, "--json"))
+    assert (row["before"], row["after"]) == (None, None)
+
+
 def test_a_stopped_run_says_so_and_can_go_on(tmp_path: Path) -> None:
     run, _, _ = fake_run(tmp_path / "runs" / "held-0001")
     run.append(Event("stopped", 120, 0.0, {"message": "stopped after step 120"}))
@@ -83,11 +100,20 @@ def test_answers_before_and_now_are_shown_while_a_run_is_at_work(tmp_path: Path)
     assert "an early one" not in text
 
 
+def test_words_of_an_error_make_no_button(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "words-0001")
+    message = "a row says: Resume with --set memory=warn"
+    run.append(Event("failed", 120, 0.0, {"code": "DataError", "message": message}))
+    page = entered(site_in(tmp_path)).get("/ui/runs/words-0001").text
+    assert message in page
+    assert "Resume with memory" not in page
+
+
 def test_a_run_without_memory_goes_on_by_a_button(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _, _ = fake_run(tmp_path / "runs" / "full-0001")
-    message = "step 7: out of memory. Resume on a machine with more memory, or with: tunesmith resume runs/full-0001"
-    message += " --set train.tokens_per_pass=1 --set train.checkpointed_layers=30"
-    run.append(Event("failed", 120, 0.0, {"code": "OutOfMemoryError", "message": message}))
+    settings = {"train.tokens_per_pass": 1, "train.checkpointed_layers": 30}
+    values = {"code": "OutOfMemoryError", "message": "step 7: out of memory.", "ways": [{"settings": settings}]}
+    run.append(Event("failed", 120, 0.0, values))
     client, begun = entered(site_in(tmp_path)), list[Any]()
     page = client.get("/ui/runs/full-0001").text
     assert "Resume with train.tokens_per_pass=1 train.checkpointed_layers=30</button>" in page
@@ -353,6 +379,50 @@ def test_a_plan_that_fits_is_one_click_away(tmp_path: Path, monkeypatch: pytest.
     address = "/ui/new?file=rows.jsonl&amp;model=m&amp;set.seed=3&amp;set.method.name=qlora&amp;set.precision=bfloat16"
     assert f'href="{address}"' in page
     assert page.count("/ui/new?file=") == 1
+
+
+def test_rows_that_can_be_read_in_two_ways_go_on_by_a_click(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("{}\n")
+    ways = [
+        {"settings": {"task": "classify", "data.columns": "{text: Body, label: Kind}"}, "words": "Learn `Kind`"},
+        {"settings": {"task": "text"}, "words": "Learn the text itself"},
+    ]
+    site = site_in(tmp_path)
+    error = {"kind": "error", "message": "is it text?", "ways": ways}
+    monkeypatch.setattr(site, "plan", lambda wanted, measured: Reply([], error=error))
+    page = entered(site).get("/ui/new?file=rows.csv&model=m&set.seed=3").text
+    columns = "%7Btext%3A+Body%2C+label%3A+Kind%7D"
+    address = f"/ui/new?file=rows.csv&amp;model=m&amp;set.seed=3&amp;set.task=classify&amp;set.data.columns={columns}"
+    assert f'<a class="button" href="{address}"><span>Learn <code>Kind</code></span></a>' in page
+    assert ">Learn the text itself</span></a>" in page
+    assert 'name="set.reinforce.grader"' in page, "an option can be set where no plan could be made"
+
+
+def test_a_run_that_has_just_ended_does_not_get_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process lives for a moment after its last line."""
+    run, _, _ = fake_run(tmp_path / "runs" / "over-0001")
+    monkeypatch.setattr(ChildProcess, "is_alive", lambda self: True)
+    assert launches.resuming(run) == (True, None)
+    run.append(Event("end", 120, 0.0, {"report": {}}))
+    assert launches.resuming(run) == (False, None)
+
+
+def test_a_run_is_named_as_the_command_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "start_child", lambda *_, **__: None)
+    wanted = launches.Wanted("m", str(tmp_path / "Kundenmeinungen März.csv"))
+    name = launches.start(tmp_path / "runs", wanted, offline=True)["name"]
+    assert name.rpartition("-")[0] == "kundenmeinungen-märz"
+
+
+def test_a_problem_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("{}\n")
+    site = site_in(tmp_path)
+    for message, times in (("rows.csv:1: no_shape: unlike any row.", 1), ("2 problems. Correct them.", 1)):
+        problem = {"file": "rows.csv", "line": 1, "code": "no_shape", "message": "unlike any row.", "fix": ""}
+        error = {"kind": "error", "message": message, "problems": [problem]}
+        monkeypatch.setattr(site, "plan", lambda wanted, measured, error=error: Reply([], error=error))
+        page = entered(site).get("/ui/new?file=rows.csv&model=m").text
+        assert page.count("unlike any row.") == times
 
 
 def test_the_list_of_runs_sees_who_begins_and_who_ends(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import DoesNotFitError, InputError, ModelError, RecipeError
 from tunesmith.models import machine as memory_of_machine
 from tunesmith.models.image_features import MEMORY_SHARE, KeptVectors
+from tunesmith.phrases import set_words
 from tunesmith.planning import devices
 from tunesmith.planning import fit as fitting
 from tunesmith.planning.decisions import with_options
@@ -86,7 +87,7 @@ def test_what_was_set_is_left_as_it_is():
 
 def nearest(recipe: Recipe, predict: fitting.Predict) -> dict[str, int]:
     """The nearest plans, as the command line takes them, with the bytes of each."""
-    return {fitting.set_words(change): total for change, total in fitting.nearest(recipe, predict, longest=100)}
+    return {set_words(change): total for change, total in fitting.nearest(recipe, predict, longest=100)}
 
 
 def test_a_refusal_names_the_nearest_plans_that_fit_and_their_predictions():

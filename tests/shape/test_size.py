@@ -11,9 +11,12 @@ MAX_FUNCTION = 60
 LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
-    "api, types, errors, …": (1_675, "the Python interface, the types that travel, images too, errors, ways out"),
-    "cli": (4_760, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_445, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "api, types, errors, …": (
+        1_700,
+        "the Python interface, the types that travel, errors, ways out as options",
+    ),
+    "cli": (4_775, "twenty-two commands, what they print and what they refuse"),
+    "data": (10_495, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
@@ -21,8 +24,8 @@ ROOMS = {
         "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones",
     ),
     "graders": (
-        2_410,
-        "types of graders, children for their code, a judge, a trial with a verdict, what strangers' may use",
+        2_440,
+        "types of graders, children for their code, slips, a judge, a trial with a verdict, what strangers' may use",
     ),
     "inference": (1_670, "a result loaded, files of rows answered and measured, their images too"),
     "jobs": (4_735, "OpenAI's fine-tuning API: files, jobs, graders, projects, webhooks, recovery from kills"),
@@ -30,19 +33,19 @@ ROOMS = {
     "models": (6_370, "finding, loading, attention, heads, experts, losses in pieces, divergences, twelve that see"),
     "optim": (450, "optimizers and schedules"),
     "pages": (1_710, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
-    "parallel": (1_050, "several processes of one run"),
+    "parallel": (1_055, "several processes of one run"),
     "planning": (2_145, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
     "recipe": (1_945, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (
-        3_250,
+        3_260,
         "the engine's process and OpenAI's routes, images in requests; sessions, keys, commands and a spare, for pages",
     ),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_840, "what is learnt"),
-    "summaries": (645, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
+    "summaries": (655, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
     "trackers": (750, "four experiment trackers"),
-    "training": (5_630, "the loop, a run around it, the answers that it draws and plans, a teacher, rows tried packed"),
+    "training": (5_650, "the loop, a run around it, the answers that it draws and plans, a teacher, rows tried packed"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -107,10 +107,12 @@ def test_a_row_that_is_too_much_ends_the_run_saved_with_the_way_on(tmp_path, mon
         patched(monkeypatch, lambda recipe: train(recipe, root=tmp_path / "runs"), tmp_path, tokens=3)
     run = runs(tmp_path / "runs")[0]
     assert checkpoint.steps(run.checkpoints_path) == [0]
-    assert [event.kind for event in run.events()][-1] == "failed"
+    failed = list(run.events())[-1]
+    assert (failed.kind, failed.values["ways"]) == ("failed", [asdict(way) for way in told.value.ways])
     assert len(told.value.lengths) == 1
     monkeypatch.undo()
     settings = ["train.tokens_per_pass=1", "train.checkpointed_layers=2"]
+    assert [f"{key}={value}" for way in told.value.ways for key, value in way.settings.items()] == settings
     assert all(f"--set {setting}" in str(told.value) for setting in settings)
     resume(run, settings=settings)
     assert run.state() == "done"

@@ -67,6 +67,13 @@ def setup(tmp_path):
     made.drawing.close()
 
 
+def test_the_seconds_of_each_step_have_its_draw(straight):
+    """The first one draws before it begins."""
+    _, run = straight
+    timings = [event.timing for event in run.events() if event.kind == "step"]
+    assert [timing["seconds"] >= timing["draw"] + timing["grade"] for timing in timings] == [True] * len(timings)
+
+
 def steps_of(run) -> list[dict]:
     return [event.values for event in run.events() if event.kind == "step"]
 

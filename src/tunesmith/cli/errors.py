@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.signals import INTERRUPTED
@@ -88,6 +89,8 @@ def as_values(error: BaseException) -> JsonObject:
     values: JsonObject = {"kind": "error", "code": type(error).__name__, "message": str(error)}
     if topic := getattr(error, "topic", ""):
         values["topic"] = topic
+    if ways := getattr(error, "ways", ()):
+        values["ways"] = [asdict(way) for way in ways]
     if isinstance(error, DataError):
         values["problems"] = [problem_values(problem) for problem in error.problems]
     return values

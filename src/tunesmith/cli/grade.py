@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tunesmith.graders.verdict import Verdict
 
 ROWS_OF_MODEL = 64
+MOST_ERROR = 300
+"""Characters of a failed grade that are printed."""
 Say = Callable[[str], None]
 Tick = Callable[[str, int, int], None]
 
@@ -119,7 +121,10 @@ def _read(data: str, grader: str, model: str | None, offline: bool) -> tuple[Gra
     if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(loaded).values()):
         raise InputError(f"{grader}: length in tokens: they are a model's. Give --model, or count words.")
     every = read_prompts([pinned(Data(train=(DataFile(path=data),)), offline=offline).train[0].path])
-    schema.check_variables(loaded, every[0].item)
+    try:
+        schema.check_variables(loaded, every[0].item)
+    except InputError as error:
+        raise InputError(f"{grader}: {error}") from None
     return loaded, every
 
 
@@ -244,7 +249,7 @@ def _draw(values: JsonObject, judged: Sequence[Verdict]) -> None:
         first = error["first"][0]
         places = listed(dict.fromkeys(entry["source"] for entry in error["first"]), 3)
         screen.print(visible(f"{error['num']:,} without reward, {FAILURES[error['kind']]}: {places}"))
-        screen.print(visible(f"  of {PLAYED[first['of']]}: {one_line(first['error'][-300:], 300)}"))
+        screen.print(visible(f"  of {PLAYED[first['of']]}: {_end(first['error'])}"))
     is_alike = len({entry[REWARD_KEY] for entry in (*values["best"], *values["worst"])}) < 2
     for title in () if is_alike else ("best", "worst"):
         screen.print(f"{title}:")
@@ -252,6 +257,12 @@ def _draw(values: JsonObject, judged: Sequence[Verdict]) -> None:
             screen.print(visible(f"  {entry[REWARD_KEY]:.3g}  {entry['source']}  {one_line(entry['answer'], 90)}"))
     for entry in judged:
         screen.print(visible(("✗ " if entry.refuses else "") + entry.words))
+
+
+def _end(error: str) -> str:
+    """The end of an error, where its reason is, on a line."""
+    line = " ".join(error.split())
+    return line if len(line) <= MOST_ERROR else f"… {line[-MOST_ERROR:].partition(' ')[2]}"
 
 
 def _keep(

@@ -256,20 +256,19 @@ def _report(run: Run) -> JsonObject | None:
 
 def _measures(screen: Console, series: RunSeries, report: Record | None) -> None:
     if series.steps:
-        losses = [step.loss for step in series.steps.values()]
-        num = min(max(10, len(losses) // 10), (len(losses) + 1) // 2)  # one step may have a single row
-        first, last = fmean(losses[:num]), fmean(losses[-num:])
+        values = [step.value for step in series.steps.values()]
+        num = min(max(10, len(values) // 10), (len(values) + 1) // 2)  # one step may have a single row
+        first, last = fmean(values[:num]), fmean(values[-num:])
         means = f"means of the first and the last {num} of {plural(series.step, 'step')}"
-        screen.print(f"training loss {loss(first)} → {loss(last)}: {means}")
+        screen.print(f"training {series.aim} {loss(first)} → {loss(last)}: {means}")
     if len(series.curve) == 1:
-        screen.print(f"held-out loss of the untouched model {loss(series.curve[0])}")
+        screen.print(f"held-out {series.aim} of the untouched model {loss(series.curve[0])}")
     elif series.curve:
         kept_step, last = series.report.get("kept", {}).get("step", series.step), series.curve[-1]
-        at_step = {step: values["loss"] for step, values in series.course(kept_step)}
-        aside = ""
+        at_step, aside = series.held_out(kept_step), ""
         if kept_step != series.step:
             aside = f" at step {kept_step:,}, which was kept; {loss(last)} at the end"
-        screen.print(f"held-out loss {loss(series.curve[0])} → {loss(at_step.get(kept_step, last))}{aside}")
+        screen.print(f"held-out {series.aim} {loss(series.curve[0])} → {loss(at_step.get(kept_step, last))}{aside}")
     print_result(screen, report or {})
     if series.samples:
         if len(series.samples) > MOST_RUN_ANSWERS:

@@ -396,7 +396,7 @@ class _Check:
             refusals.append("held-out rows are also in the training files, and data.overlap is error")
         refusals += [f"data.{side}: no row can be used" for side in empty]
         if self._given_task is None and (question := ask_text_or_classes(self._data)):
-            refusals.append(question)
+            refusals.append(str(question))
         return refusals
 
 

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from tunesmith.data.addresses import is_address
 from tunesmith.data.formats import FORMATS, SHAPES, find_shape, task_of_rows
-from tunesmith.data.problems import names, paste
+from tunesmith.data.problems import as_yaml, names, paste
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
-from tunesmith.phrases import did_you_mean, nearest
+from tunesmith.phrases import did_you_mean, nearest, set_words
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import JsonObject, Problem, Record, Shape, Source, TaskName
+from tunesmith.types import JsonObject, Problem, Record, Shape, Source, TaskName, Way
 
 SAMPLE_ROWS, SAMPLE_CHARS, SAMPLE_COLUMNS = 500, 4_000_000, 200
 """The part of a file that is looked at: rows, characters of all, fields of a row."""
@@ -80,11 +80,16 @@ class Meaning:
     """None: the one that is detected."""
     by_number: bool = False
 
-    def option(self) -> str:
-        return paste(self.columns, task=self.task) + (" --set data.label_kind=number" if self.by_number else "")
-
     def __str__(self) -> str:
-        return f"To learn {self.learns}: {self.option()}."
+        option = paste(self.columns, task=self.task) + (" --set data.label_kind=number" if self.by_number else "")
+        return f"To learn {self.learns}: {option}."
+
+    @property
+    def way(self) -> Way:
+        """Its options, for a button."""
+        task = {"task": self.task} if self.task else {}
+        kind = {"data.label_kind": "number"} if self.by_number else {}
+        return Way({**task, "data.columns": as_yaml(self.columns), **kind}, f"Learn {self.learns}")
 
     @property
     def said(self) -> str:
@@ -339,7 +344,7 @@ def _misspelt(given: tuple[str, ...], wanted: tuple[tuple[str, ...], ...]) -> di
     return {}
 
 
-def ask_text_or_classes(data: Data) -> str | None:
+def ask_text_or_classes(data: Data) -> DataError | None:
     """The question to the user if the rows of a file are text, and have what may be its class; else None."""
     text = data.columns.get("text", "text")
     for file in data.train:
@@ -357,10 +362,11 @@ def ask_text_or_classes(data: Data) -> str | None:
         texts = [name for name, kind in kinds.items() if few and kind in ("name", "text")]
         maybe = [name for name in texts if _plain(name) not in _ABOUT]
         if label := next(iter([*labels, *maybe]), None):
-            of_class = _class_of(text, label).option()
-            return (
+            of_class, of_text = _class_of(text, label), Way({"task": "text"}, "Learn the text itself")
+            return DataError(
                 f"{file.path}: the rows are text, and have {label!r}. Is the text to be learnt, or its class? "
-                f"To learn the class: {of_class}. To learn the text itself: --set task=text."
+                f"{of_class} To learn the text itself: {set_words(of_text.settings)}.",
+                ways=[of_class.way, of_text],
             )
     return None
 

@@ -204,7 +204,7 @@ class FileFacts:
     """Size on disk."""
     at: str = ""
     """Place where it is read, if not at its path."""
-    skip_to: int = 0  # JSON lines before this one are not looked at
+    skip_to: int = 0  # lines of JSON and CSV before this one are not looked at
 
     def __str__(self) -> str:
         kind = {"\t": "TSV", ";": "CSV with semicolons"}.get(self.delimiter, "CSV") if self.kind == "CSV" else self.kind

@@ -31,7 +31,7 @@ from tunesmith.data.addresses import is_address, known, size_of
 from tunesmith.data.branches import line_tokens
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import content_hash, examples, input_hash
-from tunesmith.data.problems import SKIP, num_refused, refused
+from tunesmith.data.problems import SKIP, SKIPPING, num_refused, refused
 from tunesmith.data.read import OnProblem
 from tunesmith.data.renderer import Renderer
 from tunesmith.environment import num_cpus, spawning
@@ -433,7 +433,8 @@ class JoinedParts(Encoding):
             if num_bad := num_refused(self.data, self.errors):  # the others may take days
                 what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(first_file + len(part), 'file')}"
                 way = f"Correct the data, or leave such rows out: {SKIP}."
-                raise DataError(f"{what}; the others were not read. {way}", refused(self.data, self.problems))
+                found = refused(self.data, self.problems)
+                raise DataError(f"{what}; the others were not read. {way}", found, ways=[SKIPPING])
             self.on_images(store.images or ())
             at = SCHEMA.get_field_index("file")
             for batch in store.batches():

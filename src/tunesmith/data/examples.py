@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from tunesmith.data.addresses import is_address
-from tunesmith.data.columns import explain, meanings, sample
+from tunesmith.data.columns import Meaning, explain, meanings, sample
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FIELDS, FORMATS, NAMED, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.comparisons import differ_in_space_alone
@@ -103,8 +103,8 @@ class FileExamples:
     """Fields that are not used, with the first place of each."""
     mapped: set[str] = field(default_factory=set)
     """Our names in data.columns whose fields rows have."""
-    suggested: str | None = None
-    """Hints for a row of no shape, once one was seen."""
+    suggested: list[Meaning] | None = None
+    """What rows of no shape may be meant for, once one was seen."""
 
     def example(self, record: JsonObject, source: Source) -> Example | None:
         raw = record
@@ -238,14 +238,17 @@ class FileExamples:
         if self.shape is not None and (shape is None or set(FORMATS[shape].fields) <= set(FORMATS[self.shape].fields)):
             return self.shape  # which says what is missing
         if shape is None:
-            code, message, fix = explain(record, self.task, self._suggested(record), self.data.columns)
+            suggested = self._suggested(record)
+            hint = " ".join(map(str, suggested))
+            code, message, fix = explain(record, self.task, hint, self.data.columns)
+            ways = tuple(meaning.way for meaning in suggested) if hint and hint in fix else ()
             if code == "other_task" and len(self.data.train) > 1:
                 fix += " Files of two tasks need two runs."
             if self.facts.columns is not None:
                 if self.facts.kind == "CSV":
                     message += " If line 1 is a row, put the names of the columns above it."
-                raise refusal(self.facts.path, 1, code, message, fix)
-            self.on_problem(Problem(source, code, message, fix))
+                raise refusal(self.facts.path, 1, code, message, fix, ways=ways)
+            self.on_problem(Problem(source, code, message, fix, ways=ways))
         elif self.shape is not None:
             message = f"the row has the shape {shape}, but those before it have {self.shape}."
             self.on_problem(
@@ -254,11 +257,11 @@ class FileExamples:
             return None
         return shape
 
-    def _suggested(self, record: JsonObject) -> str:
-        """Say what the rows of the file may be meant for, or this row of a list, which has no file."""
+    def _suggested(self, record: JsonObject) -> list[Meaning]:
+        """What the rows of the file may be meant for, or this row of a list, which has no file."""
         if self.suggested is None:
             rows = sample(reread(self.facts, limits=self.data.limits, how=self.data.reading)) or [record]
-            self.suggested = " ".join(map(str, meanings(rows, self.task)))
+            self.suggested = meanings(rows, self.task)
         return self.suggested
 
     def _too_many(self, record: JsonObject, source: Source, fields: Sequence[str]) -> list[Problem]:

@@ -85,6 +85,8 @@ def image_at(value: Any, place: str) -> ImageRef:
     if value.startswith("data:"):
         fix = "Write data:image/png;base64, and the bytes."
         raise BadImage("image_form", f"{place} is a data URI that is not in base64: {value[:40]!r}.", fix)
+    if value.startswith("file:"):
+        raise BadImage("image_address", f"{place} is an address, {value[:60]!r}.", "Write the path alone.")
     if _ADDRESS.match(value):
         message = f"{place} is an address, {value[:60]!r}: what is behind it can change, and no address is opened."
         raise BadImage("image_address", message, "Download it, and name the file.")
@@ -145,7 +147,8 @@ def _read(path: str, limits: Limits) -> bytes:
     try:
         if not place.is_file():  # a device or a pipe would never end
             what = "is a folder" if place.is_dir() else "is no file"
-            raise BadImage("no_such_image", f"{path} {what}.", "Correct the path.")
+            fix = "Write / between folders, not \\." if "\\" in path else "Correct the path."
+            raise BadImage("no_such_image", f"{path} {what}.", fix)
         _refuse_large(place.stat().st_size, limits)
         return place.read_bytes()
     except OSError as error:

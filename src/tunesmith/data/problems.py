@@ -13,9 +13,10 @@ from typing import Any
 from tunesmith.errors import DataError
 from tunesmith.phrases import listed, nearest
 from tunesmith.recipe.schema import Data
-from tunesmith.types import JsonObject, Problem, Source
+from tunesmith.types import JsonObject, Problem, Source, Way
 
 SKIP = "--set data.bad_rows=skip"
+SKIPPING = Way({"data.bad_rows": "skip"}, "Leave such rows out")
 MOST_NAMES = 20
 """Fields named in one line."""
 MOST_OF_A_ROW = 50
@@ -25,9 +26,9 @@ _OF_YAML = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 """Words that are values of their own in a recipe."""
 
 
-def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> DataError:
+def refusal(path: str, line: int, code: str, message: str, fix: str = "", *, ways: tuple[Way, ...] = ()) -> DataError:
     """The error for a file in which nothing, or nothing more, can be read. No option leaves it out."""
-    problem = Problem(Source(path, line), code, message, fix)
+    problem = Problem(Source(path, line), code, message, fix, ways=ways)
     return DataError(str(problem), [problem])
 
 
@@ -149,9 +150,14 @@ def _is_plain(name: str) -> bool:
 
 def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
     """The options to add to a command, quoted for a shell."""
+    words = [f"--set task={task}"] if task else []
+    return " ".join([*words, f"--set {shlex.quote(f'data.columns={as_yaml(columns)}')}"])
+
+
+def as_yaml(columns: Mapping[str, str]) -> str:
+    """The value of data.columns: {text: Review, label: Stars}."""
     names = {
         theirs: theirs if _is_plain(theirs) else json.dumps(theirs, ensure_ascii=False) for theirs in columns.values()
     }
     listed = ", ".join(f"{ours}: {names[theirs]}" for ours, theirs in columns.items())
-    words = [f"--set task={task}"] if task else []
-    return " ".join([*words, f"--set {shlex.quote(f'data.columns={{{listed}}}')}"])
+    return f"{{{listed}}}"

@@ -46,6 +46,8 @@ def csv_rows(
 
     reader = csv.reader(lines(), delimiter=facts.delimiter, strict=True)
     while True:
+        if facts.skip_to > facts.line + 1:
+            facts.line += _skip_unquoted(stream, facts.skip_to - 1 - facts.line)
         first, size = facts.line + 1, 0
         row.clear()
         try:
@@ -54,6 +56,8 @@ def csv_rows(
             return
         except csv.Error as error:
             raise _broken_quote(facts, first, str(error)) from None
+        if first < facts.skip_to:
+            continue
         bad = _unreadable(row)
         if bad is None and (not values or (len(values) == 1 and not values[0].strip())):
             num_blank = count_blank(num_blank, facts)
@@ -73,6 +77,25 @@ def csv_rows(
             yield first, dict(zip(facts.columns, values, strict=True))
         else:
             on_bad(first, bad)
+
+
+def _skip_unquoted(stream: ByteStream, num: int) -> int:
+    """Go on behind at most `num` lines without a double quote, each of which is a row, at the speed of the disk.
+    Returns how many there were before the first with one."""
+    num_skipped = 0
+    while num_skipped < num and (piece := stream.peek(1)):  # type: ignore[attr-defined]
+        quote = piece.find(b'"')
+        end = piece.rfind(b"\n", 0, len(piece) if quote < 0 else quote) + 1
+        num_here = min(piece.count(b"\n", 0, end), num - num_skipped)
+        if not num_here:  # the next line has a quote, or more bytes than a piece
+            break
+        if num_skipped + num_here == num:
+            end = 0
+            for _ in range(num_here):
+                end = piece.index(b"\n", end) + 1
+        stream.read(end)
+        num_skipped += num_here
+    return num_skipped
 
 
 def _unreadable(row: list[bytes]) -> BadRow | None:

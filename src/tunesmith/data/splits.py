@@ -20,7 +20,7 @@ from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.formats import SEARCHED, SHAPES
 from tunesmith.data.hold_out import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
-from tunesmith.data.problems import SKIP, num_refused, refused, unusable
+from tunesmith.data.problems import SKIP, SKIPPING, num_refused, refused, unusable
 from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
@@ -235,7 +235,8 @@ def refuse_bad(
     errors = refused(data, problems)
     if num_bad := sum(num_refused(data, store.summary.errors) for store in stores):
         left = f", or {way}" if all(map(len, stores)) else ": no row is left without them"
-        raise DataError(f"{unusable(num_bad)}. Correct the data{left}.", errors)
+        ways = [SKIPPING] if SKIP in left else []
+        raise DataError(f"{unusable(num_bad)}. Correct the data{left}.", errors, ways=ways)
     for store in stores:
         if len(store) == 0:
             raise DataError(f"{', '.join(store.paths)}: no row is left to use", errors)

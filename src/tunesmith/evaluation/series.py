@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.metrics import METRICS, is_restated
 from tunesmith.types import REWARD_KEY, Event, JsonObject, Record
 
 RECENT_STEPS = 20
@@ -25,6 +25,11 @@ class Step(NamedTuple):
     seconds: float
     reward: float | None = None
     """Mean of the answers that it drew."""
+
+    @property
+    def value(self) -> float:
+        """Its reward where it has one, else its loss."""
+        return self.loss if self.reward is None else self.reward
 
 
 @dataclass
@@ -125,10 +130,21 @@ class RunSeries:
         return list(by_step.items())
 
     @property
+    def aim(self) -> str:
+        """What a curve of the run shows: "reward" where answers are graded, whose loss is no measure of anything, or
+        "loss"."""
+        is_graded = any(is_restated("loss", measures_of(values)) for _, values in self.evaluations)
+        return REWARD_KEY if self.drawn or is_graded else "loss"
+
+    def held_out(self, kept: int | None) -> dict[int, float]:
+        """The held-out loss, or reward, by step, see `course`."""
+        sign = -1 if self.aim == REWARD_KEY else 1
+        return {step: sign * values["loss"] for step, values in self.course(kept)}
+
+    @property
     def curve(self) -> list[float]:
-        """Held-out losses in the order of their steps."""
-        kept_step = self.report.get("kept", {}).get("step")
-        return [values["loss"] for _, values in sorted(self.course(kept_step), key=lambda pair: pair[0])]
+        """Held-out losses, or rewards, in the order of their steps."""
+        return [value for _, value in sorted(self.held_out(self.report.get("kept", {}).get("step")).items())]
 
     def score(self, name: str) -> JsonObject | None:
         """The evaluation of that name with the metrics of answers and of general text, and the number of

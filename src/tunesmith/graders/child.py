@@ -23,10 +23,11 @@ import secrets
 import select
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
@@ -34,6 +35,7 @@ from typing import Any
 
 from tunesmith.environment import limit_process
 from tunesmith.graders.grade import GradeError
+from tunesmith.phrases import listed
 from tunesmith.types import REWARD_KEY, JsonObject, Record
 
 Work = Callable[[Record], Any]
@@ -43,8 +45,9 @@ Answer = JsonObject
 """{"value": what a grader returned}, or {"kind", "error"} as in `grade.Grade`."""
 FILE_BYTES = 64 * 2**20
 """Largest file that a grade may write."""
-MOST_TRACE = 2000
-"""Characters of a traceback."""
+MOST_TRACE, MOST_FIELDS = 2000, 12
+"""Characters of a traceback, and fields of a row that are named."""
+PACKAGE = Path(__file__).resolve().parents[1]
 MODULE = "tunesmith_grader"  # name of the module that a grader's file becomes
 _SUBREAPER, _DEATH_SIGNAL, _NEW_USER, _NEW_NET = 36, 1, 0x10000000, 0x40000000
 """Linux: prctl.h and sched.h."""
@@ -105,9 +108,11 @@ def _loaded(to_load: Record) -> Work | None:
     file = Path(to_load["file"])
     sys.path.insert(0, str(file.parent))
     module = _module(MODULE, file)
-    function = getattr(module, to_load["function"], None)
+    function = getattr(module, name := to_load["function"], None)
     if not callable(function):
-        raise LookupError(f"{file.name} has no function {to_load['function']}")
+        functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+        theirs = listed(value.__name__ for value in functions if value.__module__ == MODULE)
+        raise GradeError("exception", f"it has no function {name}. There are: {theirs or 'none'}.")
     return _called(function)
 
 
@@ -122,8 +127,14 @@ def _module(name: str, file: Path) -> Any:
 
 def _called(function: Callable[..., Any]) -> Work:
     """`grade(sample, item)`, or as TRL calls rewards: lists of completions and of columns, of one answer."""
-    names = list(inspect.signature(function).parameters)
+    signature = inspect.signature(function)
+    names = list(signature.parameters)
     if "completions" not in names:
+        try:
+            signature.bind("sample", "item")
+        except TypeError:
+            rule = "a grader takes two arguments, (sample, item): the answer and its row"
+            raise GradeError("exception", f"it takes {signature}: {rule}") from None
         return lambda request: function(request["sample"], request["item"])
 
     def as_trl(request: Record) -> Any:
@@ -142,11 +153,17 @@ def _called(function: Callable[..., Any]) -> Work:
 
 
 def _own_files(file: str) -> dict[str, str]:
-    """SHA-256 of the grader's file and of the modules that it loaded from its folder and below."""
-    folder = Path(file).parent.resolve() if file else None
+    """SHA-256 of the grader's file and of the modules that it loaded from its folder and below, without the
+    packages of an environment that is there."""
+    if not file:
+        return {}
+    folder = Path(file).parent.resolve()
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    others = {place for place in (*installed, PACKAGE) if place != folder and place not in folder.parents}
     paths = {Path(at) for module in list(sys.modules.values()) if (at := getattr(module, "__file__", None))}
-    files = sorted(path for path in paths if folder and path.is_file() and folder in path.resolve().parents)
-    return {str(path.relative_to(folder) if folder else path): _sha256(path) for path in files}
+    files = {path: set(path.resolve().parents) for path in sorted(paths) if path.is_file()}
+    own = [path for path, parents in files.items() if folder in parents and not parents & others]
+    return {str(path.relative_to(folder)): _sha256(path) for path in own}
 
 
 def _sha256(path: Path) -> str:
@@ -172,30 +189,40 @@ def _say(write: int, answer: Record) -> None:
 
 
 def _trace(error: BaseException) -> str:
-    """The end of a traceback, without the lines of this file."""
+    """The end of a traceback, without the lines of this file and without marks below the others."""
     trace = traceback.TracebackException.from_exception(error)
-    trace.stack[:] = [
-        frame for frame in trace.stack if frame.filename != __file__ and "importlib" not in frame.filename
-    ]
-    return "".join(trace.format(chain=False)).strip()[-MOST_TRACE:]
+    frames = [frame for frame in trace.stack if frame.filename != __file__ and "importlib" not in frame.filename]
+    lines = traceback.format_list([(frame.filename, frame.lineno or 0, frame.name, frame.line) for frame in frames])
+    return "".join([*lines, *trace.format_exception_only()]).strip()[-MOST_TRACE:]
 
 
-def _problem(error: BaseException) -> Answer:
+def _problem(error: BaseException, fields: Sequence[str] = ()) -> Answer:
+    """What went wrong, with the way out of usual slips. `fields`: those of the row."""
     if isinstance(error, GradeError):
         return {"kind": error.kind, "error": str(error)}
-    return {"kind": "memory" if isinstance(error, MemoryError) else "exception", "error": _trace(error)}
+    words = _trace(error)
+    if isinstance(error, FileNotFoundError) and not os.path.isabs(error.filename or os.sep):
+        words += "\nIt runs in an empty folder: find files next to its own by Path(__file__).parent."
+    if isinstance(error, KeyError) and fields and error.args[0] not in fields:
+        words += f"\nThe row has {listed(fields, MOST_FIELDS)}."
+    return {"kind": "memory" if isinstance(error, MemoryError) else "exception", "error": words}
 
 
 def _value_of(work: Work, request: Record) -> Answer:
     """The reward that a grader returns: a finite number, or numbers by name of which `reward` counts."""
-    value = work(request)
+    try:
+        value = work(request)
+    except KeyError as error:
+        return _problem(error, list(request["item"]))
     scores = dict(value) if isinstance(value, Mapping) else {REWARD_KEY: value}
     numbers = {str(name): _number(value) for name, value in scores.items()}
     if numbers.get(REWARD_KEY) is None:
         what = f"no {REWARD_KEY} among {', '.join(numbers) or 'nothing'}"
         if REWARD_KEY in scores:
             what = repr(scores[REWARD_KEY])[:80]
-        return {"kind": "not_a_number", "error": f"it gave {what}; a grade is a finite number"}
+        what += ", as a function does that ends without return" if value is None else ""
+        rule = f"a grade is a finite number, or a dict of numbers of which {REWARD_KEY!r} counts"
+        return {"kind": "not_a_number", "error": f"it gave {what}; {rule}"}
     return {
         "value": numbers.pop(REWARD_KEY),
         "scores": {name: number for name, number in numbers.items() if number is not None},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from tunesmith.errors import InputError
 from tunesmith.graders import formula, templates
-from tunesmith.phrases import near_file
+from tunesmith.phrases import did_you_mean, near_file
 from tunesmith.types import JsonObject, Record
 
 GRADER_SECONDS, JUDGE_SECONDS, MEMORY_GIB = 60.0, 120.0, 2.0
@@ -266,7 +267,9 @@ def load(word: str) -> Grader:
     or run:RUN. Raises InputError."""
     if word.startswith(RUN_PREFIX):
         return from_value({"type": "reward_run", "run": word.removeprefix(RUN_PREFIX)}, place=f"--grader: {word}")
-    path, _, name = word.partition(":") if not Path(word).exists() else (word, "", "")
+    path, _, name = word.rpartition(":")
+    if Path(word).exists() or not name.isidentifier() or not path:
+        path, name = word, ""
     file = Path(path).expanduser()
     if file.suffix not in (".py", ".json", ".yaml", ".yml"):
         raise InputError(
@@ -279,7 +282,7 @@ def load(word: str) -> Grader:
     if name:
         raise InputError(f"--grader: {word}: :{name} is a function of a .py file. Leave it out.")
     try:
-        content = file.read_bytes()
+        content = file.read_bytes().removeprefix(BOM_UTF8)  # which editors on Windows write
         value = orjson.loads(content) if file.suffix == ".json" else yaml.safe_load(content)
     except (orjson.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(
@@ -317,9 +320,20 @@ def _placed(grader: Single, folder: Path, place: str) -> Single:
 def _problems(error: ValidationError) -> Iterator[str]:
     for part in error.errors():
         where = ".".join(str(step) for step in part["loc"] if step not in ("", *_TYPES))
-        message = str(part.get("ctx", {}).get("error") or part["msg"])
-        if part["type"] == "extra_forbidden":
-            message = "there is no such option of this type. Leave it out"
+        context = part.get("ctx", {})
+        message = str(context.get("error") or part["msg"])
+        match part["type"]:
+            case "extra_forbidden":
+                message = "there is no such option of this type. Leave it out"
+            case "missing":
+                message = "is missing"
+            case "union_tag_invalid":
+                near = did_you_mean(context["tag"], _TYPES)
+                message = f"type {context['tag']}: there is no such type.{near} One of {', '.join(_TYPES)}"
+            case "union_tag_not_found":
+                message = f"type: is missing. One of {', '.join(_TYPES)}"
+            case "model_attributes_type":
+                message = "is no object with a type, as every grader is"
         yield f"{where + ': ' if where else ''}{message}".rstrip(".") + "."
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tunesmith.errors import InputError
 from tunesmith.evaluation.bootstrap import intervals, ratio
 from tunesmith.evaluation.graded_scores import HISTOGRAM_BINS, mean, pass_at
 from tunesmith.graders.grade import Answer, Grade
@@ -30,6 +31,8 @@ PLAYED: Mapping[str, str] = {
 """Kinds of answers that a grader is tried on."""
 GROUP_SIZES = (4, 8, 16, 32)
 NUM_SHOWN = 5
+MOST_STUCK = 4
+"""Grades that may take too long before the first that does not: all of them would take hours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,15 @@ def grade_all(
     answers: Sequence[tuple[str, int, Answer]],
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Graded]:
-    """The grade of every (kind, row, answer)."""
+    """The grade of every (kind, row, answer). Raises InputError where the first ones all took too long."""
     futures = [pool.submit(answer, prompts[i].item) for _, i, answer in answers]
     graded = []
     for (kind, i, answer), future in zip(answers, futures, strict=True):
         graded.append(Graded(kind, i, answer, future.result()))
         progress("grade", len(graded), len(answers))
+        if len(graded) == MOST_STUCK and all(entry.grade.kind == "timeout" for entry in graded):
+            where, why = prompts[i].source, graded[0].grade.error
+            raise InputError(f"{where}: none of the first {MOST_STUCK} grades came in time: {why}. Mend the grader.")
     return graded
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from tunesmith.environment import CARD_SHARE
 from tunesmith.errors import TunesmithError
 from tunesmith.jobs.launcher import ChildProcess, start_child
-from tunesmith.runs.folder import Run
+from tunesmith.runs.folder import Run, slug
 from tunesmith.serve.protocol import RequestError
 from tunesmith.types import JsonObject, Record
 
@@ -61,7 +61,7 @@ def set_words(settings: Iterable[tuple[str, str]]) -> list[str]:
 def start(root: Path, wanted: Wanted, *, offline: bool) -> JsonObject:
     """Start a run; returns its name. Raises RequestError."""
     words = ["train", *wanted.words(), *(["--offline"] if offline else [])]
-    name = f"{_slug(Path(wanted.data).name.split('.')[0])}-{secrets.token_hex(2)}"
+    name = f"{slug(Path(wanted.data).name.split('.')[0])}-{secrets.token_hex(2)}"
     start_process(root / name, [*words, "--out", str(root / name), "--json"])
     return {"name": name}
 
@@ -151,14 +151,10 @@ def resuming(run: Run) -> tuple[bool, Record | None]:
     """Whether a process of a page is about to go on with a run, and why one that was to did not."""
     child, output = ChildProcess(run.path), run.path.parent / f".{run.path.name}.output"
     if child.is_alive():
-        return not run.is_locked(), None
+        return not run.is_locked() and run.state() != "done", None
     try:
         is_newer = output.stat().st_mtime > run.events_path.stat().st_mtime
     except OSError:
         return False, None
     error = child.error() if is_newer else None
     return False, error if error and error.get("code") != "Stopped" else None
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "run"

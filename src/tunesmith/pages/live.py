@@ -14,7 +14,7 @@ from tunesmith.evaluation.series import RunSeries
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
-from tunesmith.serve.commands import look
+from tunesmith.serve.commands import drop_oldest, look
 from tunesmith.summaries.live import under_way
 from tunesmith.summaries.runs import UNREADABLE, facts, unreadable
 from tunesmith.types import Event, JsonObject
@@ -111,9 +111,7 @@ class LiveRuns:
         with self._lock:
             log = self._logs.pop(key, None) or FollowedLog(run)
             self._logs[key] = log
-            num_bytes = sum(kept.num_bytes for kept in self._logs.values())
-            while len(self._logs) > MOST_KEPT or (num_bytes > MOST_BYTES and len(self._logs) > 1):
-                num_bytes -= self._logs.popitem(last=False)[1].num_bytes
+            drop_oldest(self._logs, MOST_KEPT, MOST_BYTES)
         return log.read()
 
 

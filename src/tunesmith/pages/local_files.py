@@ -18,7 +18,9 @@ from tunesmith.runs.atomic import TEMPORARY, free_bytes
 from tunesmith.serve.protocol import RequestError
 from tunesmith.types import JsonObject
 
-ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".conll", ".xlsx", ".txt", ".gz")
+ROWS = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".conll", ".bio", ".iob", ".xlsx", ".xlsm", ".txt", ".gz",
+)  # fmt: skip
 """Endings of files of rows."""
 DEPTH = 3
 """Levels of folders that are searched."""

@@ -38,7 +38,7 @@ class _Scale:
 
 
 def curve(values: Record) -> Markup:
-    """The loss of a run over its steps, and its held-out points; empty before there are two of any."""
+    """The loss or reward of a run over its steps, and its held-out points; empty before there are two of any."""
     mean, held_out = _course(values, "mean"), _finite_pairs(values["held_out"]) if values else []
     scale = _scale([values], [mean, held_out], held_out)
     if scale is None:
@@ -53,11 +53,11 @@ def curve(values: Record) -> Markup:
         parts.append(f'<polyline class="held" fill="none" points="{scale.path(held_out)}"/>')
     for step, loss in held_out:
         parts.append(f'<circle class="held" cx="{scale.x(step):.1f}" cy="{scale.y(loss):.1f}" r="4"/>')
-    return _picture(parts, "Loss over the steps")
+    return _picture(parts, f"{values['aim'].capitalize()} over the steps")
 
 
 def curves(runs: Sequence[tuple[str, Record]]) -> Markup:
-    """The losses of several runs in one picture, each with its letter at its end."""
+    """The losses or rewards of several runs in one picture, each with its letter at its end."""
     courses = [(letter, _course(values, "mean")) for letter, values in runs]
     scale = _scale([values for _, values in runs], [course for _, course in courses])
     if scale is None:
@@ -68,7 +68,7 @@ def curves(runs: Sequence[tuple[str, Record]]) -> Markup:
             end, height = scale.x(course[-1][0]) - 14 * index, scale.y(course[-1][1]) - 7  # beside each other
             parts.append(f'<polyline class="c c{index}" fill="none" points="{scale.path(course)}"/>')
             parts.append(f'<text class="name" x="{end:.1f}" y="{height:.1f}" text-anchor="end">{letter}</text>')
-    return _picture(parts, "Training loss of the runs over their steps")
+    return _picture(parts, f"Training {runs[0][1]['aim']} of the runs over their steps")
 
 
 def _course(values: Record, name: str) -> list[tuple[float, float]]:

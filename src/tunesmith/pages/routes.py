@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -40,7 +39,6 @@ STILL_POINTS = 300
 IDLE_S = 5.0
 """Seconds after which the list of runs is drawn again while none is at work."""
 MOST_FORM = 4096
-SETTING = re.compile(r"--set ([a-z_.]+)=(\w+)")
 LETTERS = "ABCDEFGH"
 """Names of runs side by side, as many as are compared."""
 
@@ -164,8 +162,6 @@ def _add_runs(router: APIRouter, site: Site) -> None:
             values["log_problem"] = values.get("log_problem", "its steps cannot be drawn")
         more: dict[str, Any] = {"series": still, "resumable": launches.RESUMABLE}
         more["resuming"], more["refusal"] = launches.resuming(log.run)
-        why = values.get("ended_by", {}).get("message", "")
-        more["way_on"] = dict(SETTING.findall(why)) if "resume" in why.lower() else {}
         more["live_s"] = live_s(values["created"])
         more |= {**_handed_on(site, request, log.run), "as_json": f"/v1/runs/{name}"}
         return page(request, "run.html", run=values, as_command=command("show", log.run.path), **more)
@@ -216,20 +212,23 @@ def _add_comparison(router: APIRouter, site: Site) -> None:
         as_json = f"/v1/comparisons?{urlencode({'run': names}, doseq=True)}" if len(names) > 1 else "/v1/runs"
         if len(names) > 1:
             more["reply"] = answer_values(site.compare(names))
-            drawn = ((letter, _drawable(site, name)) for letter, name in zip(LETTERS, names, strict=False))
-            more["picture"] = curves([(letter, values) for letter, values in drawn if values])
+            drawn = [(letter, _drawable(site, name)) for letter, name in zip(LETTERS, names, strict=False)]
+            more["aim"] = next((values["aim"] for _, values in drawn if values), "loss")
+            more["picture"] = curves([pair for pair in drawn if pair[1].get("aim") == more["aim"]])
         place = partial(row_address, site.files.places() if (more["reply"] or {}).get("state") == "done" else {})
         return page(request, "compare.html", place=place, as_command=command(*words), **more, as_json=as_json)
 
 
-def _nearest(request: Request, forecast: JsonObject | None) -> list[tuple[str, str]]:
-    """The nearest plans that fit, by the options that they change, with the address of each."""
-    query, plans = parse_qs(request.url.query), []
-    for alternative in (forecast or {}).get("alternatives", ()):
-        settings = alternative["settings"].items()
+def _ways_on(request: Request, plan: JsonObject) -> list[tuple[str, str]]:
+    """The ways on from a plan that does not fit, or that its rows do not allow: words and address of each."""
+    query, links = parse_qs(request.url.query), []
+    forecast = (plan["values"] or {}).get("forecast") or {}
+    for way in [*forecast.get("alternatives", ()), *(plan["error"] or {}).get("ways", ())]:
+        settings = way["settings"].items()
         address = urlencode(query | {SET + key: str(value) for key, value in settings}, doseq=True)
-        plans.append((" ".join(f"{key}={value}" for key, value in settings), f"/ui/new?{address}"))
-    return plans
+        words = way.get("words") or "Take " + " ".join(f"{key}={value}" for key, value in settings)
+        links.append((words, f"/ui/new?{address}"))
+    return links
 
 
 def _drawable(site: Site, name: str) -> JsonObject:
@@ -270,12 +269,12 @@ def _add_data(router: APIRouter, site: Site) -> None:
         query, wanted = request.query_params, wanted_of(site, request)
         more: dict[str, Any] = {"file": query.get("file", ""), "model": query.get("model", "").strip(), "plan": None}
         more |= {**site.files.listing(), "measured": query.get("measure") == "1", "working": site.run_list.at_work()}
-        more |= {"settings": {}, "options": options(), "nearest": []}
+        more |= {"settings": {}, "options": options(), "ways": []}
         words, as_json = ["train", "MODEL", "DATA"], "/v1/local_files"
         if wanted is not None:
             words, as_json = site.train_words(wanted), f"/v1/plans?{request.url.query}"
             plan = answer_values(site.plan(wanted, measured=more["measured"]))
             more |= {"plan": plan, "settings": dict(wanted.settings)}
-            more["nearest"] = _nearest(request, (plan["values"] or {}).get("forecast"))
+            more["ways"] = _ways_on(request, plan)
         more["done"] = [str(site.root / name) for name in site.run_list.with_results()]
         return page(request, "new.html", as_command=command(*words), **more, as_json=as_json)

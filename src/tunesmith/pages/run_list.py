@@ -91,11 +91,12 @@ class RunList:
             if (run.path / "lock.json").exists() and run.is_locked():
                 log = self._runs.log(run)
                 series, last = log.series, log.last
-                row = {**self._row(name), "time_left": "", "phase": "", "loss": None}
+                row = {**self._row(name), "time_left": "", "phase": "", "loss": None, "reward": None}
                 if "problem" not in row:
                     recent = series.steps.get(series.step)
                     row |= {"time_left": time_left(series), "phase": phase(run, last.time if last else 0.0)}
-                    row |= {"loss": recent.loss if recent else None, "is_stopping": run.stop_asked()}
+                    row |= {"loss": recent.loss, "reward": recent.reward} if recent else {}
+                    row |= {"is_stopping": run.stop_asked()}
                 yield row
 
     def _row(self, name: str) -> JsonObject:

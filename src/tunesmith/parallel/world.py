@@ -17,13 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
 from tunesmith.errors import GroupError, InputError, NonFiniteError, OutOfMemoryError, Stopped, TunesmithError
-from tunesmith.types import JsonObject, Record
+from tunesmith.types import JsonObject, Record, Way
 from tunesmith.version import __version__
 
 JOIN_S = 600.0
@@ -268,6 +268,7 @@ class World:
             "rank": self.rank,
             "text": str(error) if is_own else f"{type(error).__name__}: {error}",
             "code": error.exit_code if isinstance(error, TunesmithError) else 1,
+            "ways": [asdict(way) for way in error.ways] if isinstance(error, TunesmithError) else [],
         }
         with suppress(RuntimeError):
             self._store.compare_set(FAILED_KEY, "", json.dumps(failed))  # the first one counts
@@ -293,7 +294,8 @@ class World:
         with suppress(RuntimeError):
             if self._store.check([FAILED_KEY]):
                 failed = self._get(FAILED_KEY)
-                error = GroupError(f"rank {failed['rank']} of {self.size}: {failed['text']}")
+                text = f"rank {failed['rank']} of {self.size}: {failed['text']}"
+                error = GroupError(text, ways=[Way(**way) for way in failed["ways"]])
                 error.exit_code = failed["code"]
                 raise error
 

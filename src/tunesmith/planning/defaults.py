@@ -198,7 +198,7 @@ def _task_of_first_row(data: Data, kind: ModelKind) -> Choice:
     example = first_example(data)
     if (task := TASKS[task_of_rows(example.shape)]).detected:
         if task.in_windows and (question := ask_text_or_classes(data)):
-            raise DataError(question)
+            raise question
         return Choice("task", task.name, task.detected)
     if (example.plain and not example.images) or kind == "encoder_decoder":
         other = "; task: chat would put them into the chat template" if kind == "causal" else ""

@@ -11,11 +11,12 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.targets import EXPERTS
 from tunesmith.models import load
 from tunesmith.models.resolve_model import ModelRef
+from tunesmith.phrases import set_words
 from tunesmith.planning.decisions import with_options
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS, has_prepass
-from tunesmith.types import Choice, JsonObject, ModelKind, Record
+from tunesmith.types import Choice, JsonObject, ModelKind
 
 MARGIN = 0.08
 """Share of the memory that automatic choices leave free: what a forecast by formula may be off."""
@@ -75,11 +76,6 @@ def refuse(forecast: Forecast) -> DoesNotFitError:
         "To run it all the same: --set memory=warn",
     ]
     return DoesNotFitError("\n".join(lines), needed=forecast.memory.total, room=forecast.device.room)
-
-
-def set_words(settings: Record) -> str:
-    """Options as the command line takes them."""
-    return " ".join(f"--set {key}={value}" for key, value in settings.items())
 
 
 def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[tuple[JsonObject, int]]:

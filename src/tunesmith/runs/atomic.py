@@ -120,9 +120,11 @@ def free_bytes(folder: Path) -> int:
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise InputError for an output file that is there already, unless it may be overwritten."""
+    """Raise InputError for an output file that is there already, unless it may be overwritten, or has no folder."""
     if path.exists() and not overwrite:
         raise InputError(f"{path}: is there already. Choose another --out, or write over it with --overwrite.")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise InputError(f"{path}: {path.parent} is no folder that may be written. Make it, or choose another --out.")
 
 
 def temporary_folder(parent: Path, name: str) -> Path:

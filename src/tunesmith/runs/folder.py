@@ -105,7 +105,7 @@ class Run:
         Raises RunError if `out` exists and is not empty: a run never overwrites.
         """
         parent = root if out is None else out.parent
-        places = [parent / f"{_slug(name)}-{secrets.token_hex(2)}" for _ in range(100)] if out is None else [out]
+        places = [parent / f"{slug(name)}-{secrets.token_hex(2)}" for _ in range(100)] if out is None else [out]
         atomic.clean(parent, name="new-run", older_than_s=3600)
         temporary = atomic.temporary_folder(parent, "new-run")
         facts = {"format": FORMAT, "created": time.time(), "tunesmith": __version__, **more}
@@ -418,7 +418,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): atomic.sha256_file(path) for path in files}
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """Turn a name into one that is safe as a folder name on every system."""
     plain = unicodedata.normalize("NFKC", name).lower()
     return re.sub(r"[\W_]+", "-", plain).strip("-")[:40].strip("-") or "run"

@@ -112,9 +112,7 @@ class CommandRunner:
             answer = self._answers.pop(key, None)
             is_new = answer is None or time.monotonic() - answer.ended >= (FAILED_AGE_S if answer.error else age_s)
             self._answers[key] = answer = answer if answer is not None and not is_new else Reply(words)
-            num_bytes = sum(kept.num_bytes for kept in self._answers.values())
-            while len(self._answers) > MOST_KEPT or (num_bytes > MOST_BYTES and len(self._answers) > 1):
-                num_bytes -= self._answers.popitem(last=False)[1].num_bytes
+            drop_oldest(self._answers, MOST_KEPT, MOST_BYTES)
         if is_new:
             threading.Thread(target=self._work, args=(answer, module), daemon=True).start()
             answer.done.wait(AT_ONCE_S)
@@ -193,6 +191,14 @@ def _take(answer: Reply, code: int, printed: bytes, errors: bytes) -> None:
     else:
         last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2][:500]
         answer.error = {"code": "ended", "message": last or f"the process ended with code {code}, without a word."}
+
+
+def drop_oldest(entries: OrderedDict[Any, Any], most: int, most_bytes: int) -> None:
+    """Take the first entries out until `most` are left and these take `most_bytes` at most by their
+    `num_bytes`; the last one stays, whatever it takes."""
+    num_bytes = sum(entry.num_bytes for entry in entries.values())
+    while len(entries) > most or (num_bytes > most_bytes and len(entries) > 1):
+        num_bytes -= entries.popitem(last=False)[1].num_bytes
 
 
 def look(path: Path) -> tuple[int, int] | None:

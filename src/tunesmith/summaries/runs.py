@@ -55,6 +55,7 @@ def facts(run: Run, series: RunSeries | None = None, recipe: Recipe | None = Non
     }
     before, after = (series.score(name) or {"measures": general.get(name, {})} for name in ("before", "after"))
     losses = {"before": before.get("loss"), "after": after.get("loss", series.curve[-1] if series.curve[1:] else None)}
+    losses = losses if series.aim == "loss" else dict.fromkeys(losses)  # the measures have the reward
     fields = flat(recipe.model_dump()) | {
         f"before.{key}": measure["value"] for key, measure in before["measures"].items()
     }

@@ -10,7 +10,7 @@ from tunesmith import phrases
 from tunesmith.evaluation.metrics import info_of, is_restated
 from tunesmith.evaluation.series import RunSeries, measures_of
 from tunesmith.phrases import about, between, duration, one_line, percent, plural, size, visible
-from tunesmith.types import Event, Record
+from tunesmith.types import REWARD_KEY, Event, Record
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.bootstrap import Interval
@@ -41,7 +41,7 @@ PHASES = {
 """Words for the phases whose progress is reported; an unknown phase is shown by its key."""
 LIST_METRICS = (
     "accuracy", "macro_f1", "micro_f1", "span_f1", "preference_accuracy", "recall_1", "ndcg_10", "spearman",
-    "exact_match", "rougeL", "token_accuracy",
+    REWARD_KEY, "agreement", "exact_match", "rougeL", "token_accuracy",
 )  # fmt: skip
 """A list of runs shows the first of these that was measured; exact matches where no reference has two words."""
 

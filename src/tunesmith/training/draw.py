@@ -120,7 +120,7 @@ class Drawing:
         def values() -> JsonObject:
             return {**of_answers, **_values_of_tokens(state.world, seen, self.options)}
 
-        return Drawn(view, [group.row for group in drawn.groups], values, drawn.timing)
+        return Drawn(view, [group.row for group in drawn.groups], values, drawn.timing, drawn.earlier_s)
 
     def _draw(self, state: TrainState, step: int) -> None:
         """Draw for a step and for the later steps that learn from the same draw. Nothing is kept if too few
@@ -186,7 +186,9 @@ class Drawing:
 
     def ahead(self, state: TrainState, step: int) -> Sequence[Group]:
         """Draw the groups of a step before it is made, with the weights as they are: those that it has."""
+        began = time.perf_counter()
         self._draw(state, step)
+        self._ahead[step] = replace(self._ahead[step], earlier_s=time.perf_counter() - began)
         return self._ahead[step].groups
 
     def groups_of(self, state: TrainState, steps: Sequence[int]) -> tuple[list[list[Group]], dict[str, float]]:

@@ -69,6 +69,8 @@ class DrawnStep:
     """[N] of each row that the step learns: log π_old, by the weights that drew it. Empty: the weights that the
     step updates have drawn them."""
     timing: dict[str, float] = field(default_factory=dict)
+    earlier_s: float = 0.0
+    """Seconds that the draw took, where it was made before the step began."""
 
     def values(self) -> JsonObject:
         """As JSON, without the seconds that the draw took."""

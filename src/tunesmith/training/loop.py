@@ -64,7 +64,7 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
         _require_finite(drawn.state, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
         optimizer.step(lr, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started + drawn.earlier_s
         row_ids = [i for rows in met.micro_batches for i in rows]
         tokens = sum(int(drawn.state.store.lengths[i]) for i in row_ids)
         yield Event(

@@ -102,3 +102,5 @@ class Drawn:
     values: Callable[[], JsonObject] = dict
     """Called after the passes: what was found, for the event of the step."""
     timing: Mapping[str, float] = field(default_factory=dict)
+    earlier_s: float = 0.0
+    """Seconds that its rows took before the step began."""

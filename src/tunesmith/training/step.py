@@ -15,9 +15,9 @@ from tunesmith.errors import GroupError, OutOfMemoryError, is_out_of_memory
 from tunesmith.models.memory import free_cached_memory, peak_memory_bytes
 from tunesmith.optim import gradient_norm
 from tunesmith.parallel.exchange import Computed, Exhausted
-from tunesmith.phrases import size
+from tunesmith.phrases import set_words, size
 from tunesmith.training.state import TrainState
-from tunesmith.types import Batch, LossSum
+from tunesmith.types import Batch, LossSum, Way
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,11 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
             if not is_out_of_memory(error):
                 raise
             if state.world.is_sharded:  # other ranks wait inside the pass, which cannot be made anew
+                way = _smaller(sampler)
                 raise GroupError(
                     f"step {step}: out of memory on rank {state.world.rank}, and the layers are split over the "
-                    f"devices: the others cannot go on. {_smaller(sampler)}"
+                    f"devices: the others cannot go on. Resume with {set_words(way.settings)}.",
+                    ways=[way],
                 ) from error
         # 4. Memory ended. Outside of the handler, whose traceback holds the tensors of the pass.
         drop_gradients(state)
@@ -181,17 +183,19 @@ def rehearse(state: TrainState, rows: MicroBatch, *, times: int) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        way = _smaller(state.sampler)
         raise GroupError(
             f"before the first step: out of memory on rank {state.world.rank} in the heaviest pass, of "
             f"{sum(state.sampler.lengths_of(rows)):,} tokens. The layers are split over the devices, so a step "
-            f"that fails could not be made again. {_smaller(state.sampler)}"
+            f"that fails could not be made again. Resume with {set_words(way.settings)}.",
+            ways=[way],
         ) from error
     finally:
         drop_gradients(state)
 
 
-def _smaller(sampler: StepSampler) -> str:
-    return f"Resume with --set train.tokens_per_pass={max(1, sampler.tokens_per_pass // 2)}."
+def _smaller(sampler: StepSampler) -> Way:
+    return Way({"train.tokens_per_pass": max(1, sampler.tokens_per_pass // 2)})
 
 
 def step_norm(state: TrainState) -> float:

@@ -35,7 +35,7 @@ from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import layers_of
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
-from tunesmith.phrases import command, size
+from tunesmith.phrases import command, set_words, size
 from tunesmith.planning.forecast import heaviest
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
@@ -71,7 +71,7 @@ from tunesmith.training.together import (
     share_start,
     unfinished,
 )
-from tunesmith.types import Event, JsonObject
+from tunesmith.types import Event, JsonObject, Way
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -276,7 +276,9 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
     except Exception as error:  # the outermost frame of a run: log the reason and raise it again
         failure = _card_lost(session, error) if is_lost(error) else error
         with suppress(StorageError):  # a full disk may refuse the last line too: the first error counts
-            session.emit("failed", {"code": type(failure).__name__, "message": str(failure)})
+            values = {"code": type(failure).__name__, "message": str(failure)}
+            ways = [asdict(way) for way in getattr(failure, "ways", ())]
+            session.emit("failed", {**values, **({"ways": ways} if ways else {})})
         if failure is error:
             raise
         raise failure from error
@@ -409,11 +411,13 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
     except OutOfMemoryError as error:
         save(session)
         num_layers = len(layers_of(session.setup.model))
-        settings = f" --set train.checkpointed_layers={num_layers}" if num_layers else ""
-        way = f", or with: {command('resume', session.run.path)} --set train.tokens_per_pass=1{settings}"
-        way = way if error.step else ", or start a new run"  # answers are drawn whole
-        message = f"{error} Saved: step {session.progress.step}. Resume on a machine with more memory{way}"
-        raise OutOfMemoryError(message, step=error.step, lengths=error.lengths, peak=error.peak) from error
+        settings = {"train.tokens_per_pass": 1} | ({"train.checkpointed_layers": num_layers} if num_layers else {})
+        ways = [Way(settings)] if error.step else []  # answers are drawn whole
+        way = f"with: {command('resume', session.run.path)} {set_words(settings)}" if ways else "start a new run"
+        raise OutOfMemoryError(
+            f"{error} Saved: step {session.progress.step}. Resume on a machine with more memory, or {way}",
+            step=error.step, lengths=error.lengths, peak=error.peak, ways=ways,
+        ) from error  # fmt: skip
 
 
 def _halved(event: Event) -> str:

@@ -19,7 +19,7 @@ def prompt_in(record: Record, row: RowProblems) -> tuple[list[Part], Sequence[Pa
     place = "prompt" if record.get("prompt") is not None else "messages"
     content = record.get(place)
     if content is None:
-        fix = 'Write {"prompt": "..."} or {"messages": [...]}, whose last message the model answers.'
+        fix = 'Rename its field to prompt, or write {"messages": [...]}, whose last message the model answers.'
         row.add("missing_field", f"it has neither prompt nor messages; there are {names(record)}.", fix)
         return [], (), ()
     turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
