@@ -1,14 +1,13 @@
 """A GGUF file is a model like any other: its weights, its tokens, its template, and a folder when it is saved."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFReader
 from transformers import PreTrainedModel
 
+from smollm2 import NEEDS_SMOLLM2, SMOLLM2
 from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import tiny_model
@@ -125,13 +124,8 @@ def test_everything_about_a_gguf_is_read_without_a_socket(made, no_sockets):
     load_model(located, **HOW)
 
 
-SMOLLM2 = Path(
-    os.environ.get("TUNESMITH_SMOLLM2_GGUF", Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct.gguf")
-)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="make demo fetches it")
+@NEEDS_SMOLLM2
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_smollm2_knows_the_capital_of_france(dtype):
     located = resolve_model(str(SMOLLM2))

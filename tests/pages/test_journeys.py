@@ -24,6 +24,7 @@ import starlette
 import fresh
 from pages.sites import AXE, fork_children, run_of, serving
 from serve.running import wait_for
+from smollm2 import NEEDS_SMOLLM2, SMOLLM2
 from tiny_run import chats, model_folder, tiny_recipe, values_of
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Listener
@@ -32,8 +33,6 @@ from tunesmith.types import Event
 
 pytestmark = [pytest.mark.pages, pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
-SMOLLM2 = Path(os.environ.get("TUNESMITH_SMOLLM2_GGUF", ROOT / "models/SmolLM2-135M-Instruct.gguf"))
-NEEDS_SMOLLM2 = pytest.mark.skipif(not SMOLLM2.exists(), reason="make demo fetches it")
 LONG_MS = 120_000
 BAD = ['{"messages": [{"role": "user", "content": "and then?"}]}\n', '{"broken\n']
 PROMPT = "<b>what is tallest</b>"
