@@ -11,38 +11,41 @@ MAX_FUNCTION = 60
 LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
-    "api, types, errors, …": (1_675, "the Python interface, the types that travel, images too, errors, ways out"),
+    "api, types, errors, …": (1_685, "the Python interface, the types that travel, images too, errors, ways out"),
     "cli": (4_760, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_445, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "data": (10_510, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
-        2_215,
-        "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones",
+        2_260,
+        "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones; scores",
     ),
     "graders": (
-        2_410,
-        "types of graders, children for their code, a judge, a trial with a verdict, what strangers' may use",
+        2_435,
+        "types of graders, children for their code, a judge, requests to addresses, a trial, what strangers' may use",
     ),
     "inference": (1_670, "a result loaded, files of rows answered and measured, their images too"),
     "jobs": (4_735, "OpenAI's fine-tuning API: files, jobs, graders, projects, webhooks, recovery from kills"),
     "methods": (2_950, "full, LoRA and its relatives, on experts too, QLoRA, peft"),
     "models": (6_370, "finding, loading, attention, heads, experts, losses in pieces, divergences, twelve that see"),
     "optim": (450, "optimizers and schedules"),
-    "pages": (1_710, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
+    "pages": (1_720, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
     "planning": (2_145, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
-    "recipe": (1_945, "every option, declared once; files of other tools translated"),
+    "recipe": (1_960, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (
-        3_250,
-        "the engine's process and OpenAI's routes, images in requests; sessions, keys, commands and a spare, for pages",
+        3_350,
+        "the engine's process and OpenAI's routes, images, prompts scored; sessions, keys, commands and a spare",
     ),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_840, "what is learnt"),
+    "tasks": (1_870, "what is learnt"),
     "summaries": (645, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
     "trackers": (750, "four experiment trackers"),
-    "training": (5_630, "the loop, a run around it, the answers that it draws and plans, a teacher, rows tried packed"),
+    "training": (
+        6_030,
+        "the loop, a run around it, the answers that it draws and plans, a teacher here or at an address, packed rows",
+    ),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 
