@@ -277,6 +277,8 @@ def _why_not(resolved: Any, *, fits: bool) -> str:
         return "it does not fit"
     if resolved.rows.is_prompts and _has_judge(resolved.recipe.grader_at):
         return "its grader calls a judge at an address, which a plan does not: --set train.max_steps=2 tries two steps"
+    if resolved.recipe.distil.is_served:
+        return "its teacher is at an address, which a plan does not ask: --set train.max_steps=2 tries two steps"
     located = resolved.inputs.located
     if located.has_weights:
         return ""
