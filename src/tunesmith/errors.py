@@ -8,6 +8,7 @@
     │   ├── RunError          a run folder: missing, locked, or not the one to resume
     │   └── DoesNotFitError   a run that needs more memory or disk than there is
     ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
+    ├── TeacherError          a teacher at an address: silent, or its answer cannot be used
     ├── OutOfMemoryError      a micro-batch of one row does not fit; earlier steps are saved
     ├── DeviceError           a card that failed in mid-run; earlier checkpoints are whole
     ├── StorageError          the disk: full, over quota, read-only or broken
@@ -138,6 +139,13 @@ class OutOfMemoryError(TunesmithError):
         self.step = step
         self.lengths = tuple(lengths)
         self.peak = peak
+
+
+class TeacherError(TunesmithError):
+    """A teacher at an address that does not answer, or answers what cannot be learnt. The weights are as after the
+    step before."""
+
+    topic = "teacher-fails"
 
 
 class UngradedError(TunesmithError):

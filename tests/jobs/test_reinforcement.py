@@ -233,7 +233,7 @@ def test_graders_are_checked_and_tried_by_the_client(allowing: Served) -> None:
 def test_a_grade_that_fails_says_why(
     allowing: Served, grader: dict[str, Any], error: str, details: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.graders.judge.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("tunesmith.graders.remote.FIRST_WAIT_S", 0.01)
     made = allowing.client.fine_tuning.alpha.graders.run(grader=grader, model_sample="a")
     errors = made.metadata.errors.to_dict()
     assert [name for name, value in errors.items() if value is True] == [error]

@@ -81,7 +81,7 @@ class FakeEngine:
         likeliest = [token(word if i == 0 else f"other{i}", -0.5 - i) for i in range(num or 0)]
         return [] if num is None else [{**token(word, -0.5), "top_logprobs": likeliest}]
 
-    async def read(self, model: str, texts: Sequence[object], **how: object) -> object:
+    async def read(self, model: str, texts: object, **how: object) -> object:
         return await (self.embed if model == "vectors" else self.classify)(model, texts)  # type: ignore[arg-type]
 
     async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, object]]:

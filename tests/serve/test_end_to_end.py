@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.request import urlopen
 
+import numpy as np
 import openai
 import pytest
 
@@ -17,9 +18,13 @@ from serve.running import wait_for
 from tiny_run import tiny_recipe
 from tunesmith.generation import padded
 from tunesmith.inference.load import load_base, load_run
+from tunesmith.models.fused_loss import find_output_layer
+from tunesmith.recipe.distillation import Distil
 from tunesmith.runs.folder import Run
+from tunesmith.training.served_teacher import ServedTeacher
+from tunesmith.training.teacher import Teacher
 from tunesmith.training.trainer import train
-from tunesmith.types import Part
+from tunesmith.types import Part, Row, Source
 
 QUESTIONS = ("the quick brown fox", "what is tallest", "hello", "a lazy dog on Earth please jumps over yes")
 NUM_TOKENS = 12
@@ -116,6 +121,31 @@ def test_every_way_of_asking(live: Live, run: Run) -> None:
     assert (stopped.message.content, stopped.finish_reason) == (said[: said.index(middle)].strip(), "stop")
     gone_on = client.completions.create(model=name, prompt="the quick", temperature=0, max_tokens=5)
     assert gone_on.usage.completion_tokens == 5
+
+
+def test_what_it_says_of_prompts_teaches_as_the_run_itself(live: Live) -> None:
+    """Two Tunesmiths: one serves the teacher of the other."""
+    name, loaded = live.run.path.name, load_run(live.run, offline=True)
+    tokenizer = loaded.renderer.tokenizer
+    options = Distil(teacher=f"{live.url}/v1", model=name, top=9)
+    rows = [
+        Row(np.arange(20 + start, 20 + start + num, dtype=np.int32), np.arange(num) >= 3, Source("rows", start))
+        for start, num in ((1, 9), (2, 40), (3, 300))  # the last one is read in two parts
+    ]
+    here = Teacher(loaded, options, len(tokenizer), find_output_layer(loaded.model), {}, "cpu")
+    lists, asked = dict(here.lists(rows)), dict(ServedTeacher(options, tokenizer).lists(rows))
+    for i in range(len(rows)):
+        assert (lists[i][:, :9] == asked[i][:, :9]).all()
+        np.testing.assert_allclose(asked[i][:, 9:], lists[i][:, 9:], atol=2e-5)
+    whole = live.client.completions.create(
+        model=name, prompt="the quick", temperature=0, max_tokens=1, extra_body={"prompt_logprobs": 2}
+    )
+    ids = tokenizer("the quick").input_ids
+    [choice] = whole.model_dump()["choices"]
+    assert choice["prompt_logprobs"][0] is None
+    assert all(str(token) in entry for token, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True))
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len(ids)
 
 
 def test_what_is_under_way_is_answered_after_sigterm(live: Live) -> None:

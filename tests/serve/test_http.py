@@ -21,6 +21,7 @@ from tunesmith.serve.request_schemas import ChatBody, ClassifyBody, CompletionBo
 
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "hello there"}]}
 VECTORS = {"model": "vectors", "input": "a"}
+SCORED = {"model": "support", "prompt": [1, 2], "prompt_logprobs": 1, "max_tokens": 1, "temperature": 0}
 BARE_SCHEMA = {"type": "json_schema"}
 
 
@@ -127,6 +128,13 @@ def test_a_stream_is_server_sent_events(server: Running) -> None:
         ("POST", "/v1/completions", {"model": "support", "prompt": []}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": ["a", "b"]}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": "a", "echo": True}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": [1, "b"]}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": [1, True]}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": [1, 2]}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {**SCORED, "max_tokens": 2}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {**SCORED, "prompt_logprobs": 129}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {**SCORED, "n": 2}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {**SCORED, "stream": True}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "s", "prompt": "a", "logprobs": 1}, {}, 400, "unknown_parameter"),
         ("POST", "/v1/embeddings", {"model": "vectors", "input": ""}, {}, 400, "invalid_value"),
         ("POST", "/v1/embeddings", {"model": "vectors", "input": [[1, 2]]}, {}, 400, "invalid_value"),

@@ -12,40 +12,43 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
     "api, types, errors, …": (
-        1_700,
+        1_705,
         "the Python interface, the types that travel, errors, ways out as options",
     ),
     "cli": (4_775, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_495, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "data": (10_540, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
-        2_215,
-        "every answer that a model writes, many together: serving's, evaluation's, those drawn; padded ones",
+        2_260,
+        "every answer that a model writes: serving, evaluation, drawing; padded ones; scores of prompts",
     ),
     "graders": (
-        2_440,
-        "types of graders, children for their code, slips, a judge, a trial with a verdict, what strangers' may use",
+        2_485,
+        "types of graders, children for code, slips, judges, requests to addresses, a trial, what strangers may use",
     ),
     "inference": (1_670, "a result loaded, files of rows answered and measured, their images too"),
     "jobs": (4_735, "OpenAI's fine-tuning API: files, jobs, graders, projects, webhooks, recovery from kills"),
     "methods": (2_950, "full, LoRA and its relatives, on experts too, QLoRA, peft"),
     "models": (6_370, "finding, loading, attention, heads, experts, losses in pieces, divergences, twelve that see"),
     "optim": (450, "optimizers and schedules"),
-    "pages": (1_710, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
+    "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_055, "several processes of one run"),
     "planning": (2_145, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
-    "recipe": (1_945, "every option, declared once; files of other tools translated"),
+    "recipe": (1_960, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (
-        3_260,
+        3_350,
         "the engine's process and OpenAI's routes, images in requests; sessions, keys, commands and a spare, for pages",
     ),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_840, "what is learnt"),
+    "tasks": (1_865, "what is learnt"),
     "summaries": (655, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
     "trackers": (750, "four experiment trackers"),
-    "training": (5_650, "the loop, a run around it, the answers that it draws and plans, a teacher, rows tried packed"),
+    "training": (
+        6_040,
+        "the loop, a run around it, answers drawn and planned, teachers here and at addresses, packing",
+    ),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

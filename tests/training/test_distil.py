@@ -195,9 +195,8 @@ def test_vocabularies_that_spell_a_probe_alike_are_two(straight):  # trap: G31
     ("distil", "more", "words"),
     [
         ({"teacher": None}, {}, "distil.teacher: is missing"),
-        ({"teacher": "http://localhost:8000/v1"}, {}, "a teacher at an address gives no probabilities"),
+        ({"teacher": "http://localhost:8000/v1"}, {}, r"distil\.model: is missing"),
         ({"max_new_tokens": 9}, {}, "is for drawn answers"),
-        ({}, {"devices": 2}, "trains on one device"),
         ({}, {"loss": {"z_loss": 0.1}}, "a teacher says more"),
         ({"on_policy": True}, {"evaluation": {"surprising": 5}}, "answers are drawn anew"),
     ],

@@ -279,6 +279,8 @@ def _why_not(resolved: Any, *, fits: bool) -> str:
     grader = schema.load(resolved.recipe.grader_at) if resolved.rows.is_prompts else None
     if grader is not None and any(isinstance(part, schema.ScoreModel) for part in schema.parts_of(grader).values()):
         return "its grader calls a judge at an address, which a plan does not: --set train.max_steps=2 tries two steps"
+    if resolved.recipe.distil.is_served:
+        return "its teacher is at an address, which a plan does not ask: --set train.max_steps=2 tries two steps"
     located = resolved.inputs.located
     if located.has_weights:
         return ""

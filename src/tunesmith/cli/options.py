@@ -68,7 +68,8 @@ Grader = Annotated[
     ),
 ]
 Teacher = Annotated[
-    str | None, typer.Option(metavar="RUN|MODEL", help="Task distil: the model to learn from, of the same vocabulary.")
+    str | None,
+    typer.Option(metavar="RUN|MODEL|URL", help="Task distil: the model to learn from, of the same vocabulary."),
 ]
 Track = Annotated[
     list[str] | None,

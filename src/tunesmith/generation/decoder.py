@@ -42,6 +42,8 @@ from tunesmith.types import BatchImage
 
 KEPT_BYTES = 128 * 1024**2
 """Most that vectors of images fill while answers are decoded: keys and values may fill the rest of a server."""
+SCORED_AT_ONCE = 256
+"""Tokens of a text whose logits are in memory together."""
 PROBES = ((37, 23), (11, 5), (64, 40))
 """Length of each probe text, and of its part that is read as a prompt; the rest is read as if written."""
 _MODEL_ERRORS = (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, LookupError)
@@ -122,14 +124,9 @@ class BatchedDecoder:
             last.append(len(ids) - 1)
         # An adapted head has to see every token, since adapters are assigned by token.
         head_is_adapted = isinstance(self.model.get_output_embeddings(), MultiLoraLinear)
-        with packed_forward(), self.adapters.active(adapters, mixed=True):
-            logits_NV: Tensor = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                logits_to_keep=0 if head_is_adapted else torch.tensor(last, device=device),
-                layout=BatchLayout(rows, spans, Segments(sizes=(), device=device)),
-            ).logits[0]
+        layout = BatchLayout(rows, spans, Segments(sizes=(), device=device))
+        wanted = 0 if head_is_adapted else torch.tensor(last, device=device)
+        logits_NV = self._logits(ids, positions, adapters, layout, wanted=wanted)
         if len(logits_NV) != len(last):  # a model without logits_to_keep, or an adapted head
             logits_NV = logits_NV[last]
         for slot in slots:
@@ -137,6 +134,41 @@ class BatchedDecoder:
         for slot, prompt in parts:
             slot.length += len(prompt)
         return [*slots, *(slot for slot, _ in parts)], logits_NV.float()
+
+    @torch.no_grad()
+    def score(self, adapter: str | None, ids: Sequence[int]) -> Iterator[Tensor]:
+        """Float32 logits [T, V] behind each token of a text, some at a time. Nothing of it is kept, and other
+        sequences are as they were."""
+        slot = self.open(adapter, len(ids))
+        for start in range(0, len(ids), SCORED_AT_ONCE):
+            part = ids[start : start + SCORED_AT_ONCE]
+            spans: list[PrefillSpan] = [(slot, slice(0, len(part)))]
+            layout = BatchLayout([], spans, Segments(sizes=(), device=self.model.device))
+            positions = range(start, start + len(part))
+            logits_TV = self._logits(part, positions, [adapter] * len(part), layout, wanted=0)
+            slot.length += len(part)
+            yield logits_TV.float()
+
+    def _logits(
+        self,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        adapters: Sequence[str | None],
+        layout: BatchLayout,
+        *,
+        wanted: Tensor | int,
+    ) -> Tensor:
+        """[N, V] of the tokens that are `wanted`, or of all (0)."""
+        device = self.model.device
+        with packed_forward(), self.adapters.active(adapters, mixed=True):
+            logits_NV: Tensor = self.model(
+                input_ids=torch.tensor([list(ids)], device=device),
+                position_ids=torch.tensor([list(positions)], device=device),
+                use_cache=False,
+                logits_to_keep=wanted,
+                layout=layout,
+            ).logits[0]
+        return logits_NV
 
 
 class SequentialDecoder:
@@ -181,6 +213,16 @@ class SequentialDecoder:
         logits = [self._read(slot, [token]) for slot, token in last_tokens.items()]
         logits += [self._read(slot, prompt) for slot, prompt in parts]
         return [*last_tokens, *(slot for slot, _ in parts)], torch.stack(logits).float()
+
+    @torch.no_grad()
+    def score(self, adapter: str | None, ids: Sequence[int]) -> Iterator[Tensor]:
+        """As `BatchedDecoder.score`, of a model without encoder."""
+        cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        for start in range(0, len(ids), SCORED_AT_ONCE):
+            ids_1T = torch.tensor([list(ids[start : start + SCORED_AT_ONCE])], device=self.model.device)
+            with self.adapters.active([adapter] * ids_1T.shape[1]):
+                logits_TV: Tensor = self.model(input_ids=ids_1T, past_key_values=cache, use_cache=True).logits[0]
+            yield logits_TV.float()
 
     def _read(self, slot: SequenceSlot, ids: Sequence[int]) -> Tensor:
         """[V]"""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tunesmith.environment import num_cpus
 from tunesmith.errors import InputError
-from tunesmith.graders import formula, judge, schema, texts
+from tunesmith.graders import formula, judge, remote, schema, texts
 from tunesmith.graders.children import Children
 from tunesmith.graders.grade import Answer, Grade, GradeError
 from tunesmith.graders.templates import render
@@ -71,7 +71,7 @@ class Pool:
         for part in self._parts.values():
             texts.refuse_lacking(part)
             if isinstance(part, schema.ScoreModel):
-                judge.key_of(part)
+                remote.key_of(part.key_env)
         has_judge = any(isinstance(part, schema.ScoreModel) for part in self._parts.values())
         self._threads = ThreadPoolExecutor(at_once or (JUDGED_AT_ONCE if has_judge else max(1, num_cpus() - 1)))
         self.children: dict[str, Children] = {}

@@ -13,7 +13,7 @@ from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.names import project_of
 from tunesmith.serve.engine import WorkerEngine
 from tunesmith.serve.middleware import PROJECT
-from tunesmith.serve.protocol import EngineState, GenerationRequest, ModelCard, StreamEvent
+from tunesmith.serve.protocol import EngineState, GenerationRequest, ModelCard, StreamEvent, ToRead
 
 ATTACH_TIMEOUT_S = 600.0
 
@@ -59,7 +59,7 @@ class Engines:
         finally:
             await events.aclose()
 
-    async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
+    async def read(self, model: str, texts: ToRead, **how: Any) -> Any:
         engine, name = self._find(model)
         return await engine.read(name, texts, **how)
 

@@ -10,7 +10,15 @@ from typing import Any
 
 from tunesmith.errors import TunesmithError
 from tunesmith.serve.engine import WorkerEngine
-from tunesmith.serve.protocol import EngineOptions, EngineState, GenerationRequest, ModelCard, RequestError, StreamEvent
+from tunesmith.serve.protocol import (
+    EngineOptions,
+    EngineState,
+    GenerationRequest,
+    ModelCard,
+    RequestError,
+    StreamEvent,
+    ToRead,
+)
 from tunesmith.types import JsonObject
 
 IDLE_S = 1200.0
@@ -100,7 +108,7 @@ class ChatEngine:
     def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
         return self._ready().generate(request)
 
-    async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
+    async def read(self, model: str, texts: ToRead, **how: Any) -> Any:
         return await self._ready().read(model, texts, **how)
 
     def state(self) -> EngineState:

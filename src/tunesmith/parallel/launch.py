@@ -42,7 +42,7 @@ def devices_of(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> int:
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return 1
-    if recipe.devices == "auto" and (recipe.reinforce.grader or recipe.distil.teacher):  # tasks of one device
+    if recipe.devices == "auto" and (recipe.reinforce.grader or recipe.distil.teacher):  # several by number alone
         return 1
     if recipe.devices == 1 or (recipe.devices == "auto" and recipe.device not in ("auto", "cuda")):
         return 1

@@ -147,8 +147,8 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield f"method.name: {method.name}: it reads whole weights; lora and full do not"
     if TASKS[resolved(recipe.task)].compares:
         yield f"task: {recipe.task}: one process computes what the model was before"
-    if has_prepass(recipe):
-        yield f"task: {recipe.task}: the rows of a step are looked at in passes of their own"
+    if has_prepass(recipe) or recipe.distil.teacher is not None:
+        yield f"task: {recipe.task}: the rows of a step are looked at, or drawn and read, in passes of their own"
     if recipe.precision == "float16":
         yield "precision: float16: a step that overflows is made again, which every device would have to know"
     if method.name == "lora" and method.also_train:

@@ -45,6 +45,7 @@ from tunesmith.serve.responses import (
     event_stream,
     json_response,
     on_error,
+    scored_answer,
     whole_answer,
     with_tool_calls,
 )
@@ -154,7 +155,12 @@ def make_router(engine: Engine) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """The continuation of a text."""
         find_model(engine, body.model, "text")
-        events = engine.generate(GenerationRequest(prompt=body.prompt[0], max_tokens=body.max_tokens, **body.sampling))
+        if body.prompt_logprobs is not None:
+            scored = await _connected(engine.read(body.model, body.scored, top=body.prompt_logprobs), request)
+            request.state.usage = usage = Usage(len(scored["prompt_logprobs"]), 1)
+            return json_response(scored_answer(scored, _head("cmpl", body.model), usage))
+        prompt = str(body.scored)
+        events = engine.generate(GenerationRequest(prompt=prompt, max_tokens=body.max_tokens, **body.sampling))
         return await _answer(events, body, request, CompletionFormat(), prefix="cmpl")
 
     add_readers(router, engine)
@@ -214,10 +220,14 @@ def _model(card: ModelCard) -> JsonObject:
     return {"id": card.name, "object": "model", "created": card.created, "owned_by": "you", **fields, **labels, **calls}
 
 
+def _head(prefix: str, model: str) -> JsonObject:
+    return {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+
 async def _answer(events: Events, body: SampledBody, request: Request, form: Format, *, prefix: str) -> Response:
     """The whole answer, or a stream. Waits for the first event, so that an early
     error still sets the status."""
-    head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+    head = _head(prefix, body.model)
     request.state.usage = usage = Usage()
     if not body.stream:
         return json_response(await _connected(whole_answer(events, head, form, usage), request))

@@ -25,6 +25,7 @@ from tunesmith.serve.protocol import (
     RequestError,
     Started,
     StreamEvent,
+    ToRead,
     pack,
     unpack,
 )
@@ -212,7 +213,7 @@ class WorkerEngine:
             if call.num_left:
                 worker.send((key, "cancel"))
 
-    async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
+    async def read(self, model: str, texts: ToRead, **how: Any) -> Any:
         return await self._reply("read", model, texts, how)
 
     async def attach(self, name: str, run: Path) -> None:

@@ -32,6 +32,8 @@ __all__ = ["Delta", "Finished", "GenerationRequest", "RequestError", "Started", 
 ToolCallFormat: TypeAlias = Literal["hermes", "json"]
 """Form in which a chat template writes tool calls; see responses.with_tool_calls."""
 OPEN = "<tool_call>"
+ToRead: TypeAlias = str | Sequence[int | str | Sequence[str]]
+"""Texts, pairs of texts, or one prompt: its text or its ids."""
 Modality: TypeAlias = Literal["text", "labels", "embeddings"]
 
 
@@ -114,11 +116,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
+    async def read(self, model: str, texts: ToRead, **how: Any) -> Any:
         """A line for each text or pair of texts, as `tunesmith predict` writes it.
 
         Of a model that embeds: a vector for each text, cut to `dimensions` numbers, and the number of tokens
-        read; `is_query`: with the prompt of texts that search.
+        read; `is_query`: with the prompt of texts that search. Of a model that writes: what it finds likely at each
+        place of one prompt, a text or ids, see `ServedModel.score`; `top`: tokens that are listed.
         """
         ...
 

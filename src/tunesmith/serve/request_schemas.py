@@ -28,6 +28,8 @@ BODY_TIMEOUT_S = 30.0
 DRAINED_BYTES = 16 * MAX_BODY_BYTES
 """Read of a body that is too large: a client that is cut off while it writes does not read the answer."""
 MAX_INPUTS = 2048
+MAX_SCORED = 128
+"""Most tokens that are listed at a place of a prompt."""
 
 
 class StrictRoute(APIRoute):
@@ -268,12 +270,37 @@ class ChatBody(SampledBody):
         )
 
 
+def _text_or_ids(prompt: list[Any]) -> list[Any]:
+    is_text = len(prompt) == 1 and isinstance(prompt[0], str)
+    if not is_text and not (prompt and all(type(token) is int for token in prompt)):
+        raise ValueError("should be a text, a list of one, or ids of tokens")
+    return prompt
+
+
 class CompletionBody(SampledBody):
     """POST /v1/completions"""
 
     max_tokens: int | None = Field(16, ge=1)
-    prompt: Annotated[list[str], _LISTED] = Field(min_length=1, max_length=1)
-    """A prompt, or a list of one. An empty prompt is the tokenizer's own beginning of a text."""
+    prompt: Annotated[list[Any], _LISTED, AfterValidator(_text_or_ids)]
+    """A prompt, or a list of one; ids of tokens, to be scored. An empty prompt is the tokenizer's own beginning of a
+    text."""
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_SCORED)
+    """As vLLM has it: tokens that are listed at each place of the prompt, besides its own."""
+
+    @model_validator(mode="after")
+    def _scores_or_writes(self) -> CompletionBody:
+        if self.prompt_logprobs is None and not isinstance(self.scored, str):
+            raise RequestError("prompt: ids are taken with prompt_logprobs. Send the text.", param="prompt")
+        writes = (self.max_tokens, self.temperature, self.n, self.stream, self.stop)
+        if self.prompt_logprobs is not None and writes != (1, 0, 1, False, []):
+            message = "prompt_logprobs: only with max_tokens: 1 and temperature: 0, and without n, stop and stream."
+            raise RequestError(message, param="prompt_logprobs")
+        return self
+
+    @property
+    def scored(self) -> str | list[int]:
+        """The prompt: a text, or ids."""
+        return self.prompt[0] if isinstance(self.prompt[0], str) else self.prompt
 
 
 class EmbeddingBody(Body):

@@ -189,6 +189,13 @@ async def whole_answer(events: Events, head: Record, form: Format, usage: Usage)
     return {**head, "object": form.whole_object, "choices": choices, "usage": usage.as_dict()}
 
 
+def scored_answer(scored: Record, head: Record, usage: Usage) -> JsonObject:
+    """The body of a prompt that was scored, see `ServedModel.score`, in vLLM's form."""
+    choice = _choice(0, "stop" if scored["ended"] else "length", text=scored["text"])
+    choice["prompt_logprobs"] = scored["prompt_logprobs"]
+    return {**head, "object": CompletionFormat.whole_object, "choices": [choice], "usage": usage.as_dict()}
+
+
 async def event_stream(
     first: StreamEvent, events: Events, head: Record, form: Format, usage: Usage, *, shows_usage: bool
 ) -> AsyncGenerator[bytes, None]:

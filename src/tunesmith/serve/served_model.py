@@ -33,7 +33,7 @@ from tunesmith.models.pooling import pool
 from tunesmith.recipe.schema import Limits
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
 from tunesmith.tasks import TASKS
-from tunesmith.types import BatchImage, Example, ImageRef, Part, Pooling, Problem, Row, Source
+from tunesmith.types import BatchImage, Example, ImageRef, JsonObject, Part, Pooling, Problem, Row, Source
 
 PREPARED_BYTES = 32 * 2**20
 """Most that prepared images of a request may take while it waits."""
@@ -86,6 +86,37 @@ class ServedModel:
             images=self._shown(images) if images else (),
             grammar=None if request.json_schema is None else self.grammars.compile(request.json_schema),
         )
+
+    @torch.no_grad()
+    def score(self, prompt: str | Sequence[int], done: Done = lambda num: None, *, top: int) -> JsonObject:
+        """Tokens that the model finds likely at each place of a prompt, as vLLM's `prompt_logprobs`, and the one behind
+        it: {"prompt_logprobs": [null, {id: {"logprob", "rank", "decoded_token"}, ...}, ...], "text", "ended"}.
+
+        Ids are read as they are. `done` is called with the places so far. Raises RequestError.
+        """
+        request = GenerationRequest(self.card.name, prompt=prompt if isinstance(prompt, str) else "", max_tokens=1)
+        ids = self.prompt_ids(request) if isinstance(prompt, str) else list(prompt)
+        if self.renderer.kind != "causal":
+            raise RequestError(f"{self.card.name} has an encoder: its prompts are not scored", param="prompt_logprobs")
+        self._max_new_tokens(request, len(ids), EngineOptions())
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise RequestError(f"a token is none of the {self.vocab_size:,} of {self.card.name}", param="prompt")
+        texts, places = _Texts(self.renderer.tokenizer), list[JsonObject | None]([None])
+        for logits_TV in self.decoder.score(self.adapter, ids):
+            logp_TV = logits_TV.log_softmax(-1)
+            for logp_V, token in zip(logp_TV, ids[len(places) :], strict=False):
+                rank_of = {listed: rank for rank, listed in enumerate(logp_V.topk(top).indices.tolist(), start=1)}
+                rank_of.setdefault(token, int((logp_V > logp_V[token]).sum()) + 1)
+                places.append(
+                    {
+                        str(listed): {"logprob": float(logp_V[listed]), "rank": rank, "decoded_token": texts[listed]}
+                        for listed, rank in rank_of.items()
+                    }
+                )
+            done(len(places))
+            last = int(logp_TV[-1].argmax())
+        ended = last in self.renderer.stop_ids
+        return {"prompt_logprobs": places, "text": "" if ended else texts[last], "ended": ended}
 
     def decoder_of(self, request: PreparedRequest) -> Decoder:
         """The decoder that answers a request."""
@@ -187,6 +218,18 @@ class ServedModel:
             )
             raise RequestError(message, code="context_length_exceeded", param=param)
         return min(options.max_new_tokens, room) if wanted is None else wanted
+
+
+class _Texts(dict[int, str]):
+    """The text of each token alone."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        text = self[token] = str(self._tokenizer.decode([token]))
+        return text
 
 
 @dataclass

@@ -171,6 +171,8 @@ class Worker:
         served = self._registry.models.get(model)
         if isinstance(served, Embedder):
             return served.embed(texts, done, **how)
+        if isinstance(served, ServedModel):
+            return served.score(texts, done, **how)
         return self._registry.find(model, Classifier).classify(texts, done)
 
     def step(self) -> None:

@@ -3,11 +3,13 @@ likely each other one is to it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from tunesmith.data.teacher_rows import columns
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.distillation import Distil
+from tunesmith.recipe.distillation import SERVED_TOP, TOP, Distil
 from tunesmith.recipe.schema import Loss
 from tunesmith.tasks.distil_losses import losses_of
 from tunesmith.tasks.task import OwnSection, Task
@@ -35,25 +37,49 @@ def _check(recipe: Recipe, located: ModelRef) -> Sequence[Choice]:
         raise RecipeError(
             "distil.teacher: is missing: the model to learn from, with the same vocabulary. Give --teacher MODEL."
         )
-    if "://" in options.teacher:
-        raise RecipeError(
-            f"distil.teacher: {options.teacher}: a teacher at an address gives no probabilities here. Name a model "
-            "on this machine; or let it write answers, and train on these by task chat; or let it grade answers as a "
-            "`score_model`, by task reinforce."
-        )
-    if recipe.devices not in ("auto", 1):
-        raise RecipeError(f"devices: {recipe.devices}: task distil trains on one device. Use devices: 1.")
+    _check_place(options)
     if recipe.loss != Loss():
         raise RecipeError("loss: label_smoothing and z_loss are for tokens, and a teacher says more. Leave them out.")
     if recipe.data.new_tokens:
         raise RecipeError("data.new_tokens: the teacher has no such tokens. Leave them out.")
     if not options.on_policy and options.max_new_tokens != Distil().max_new_tokens:
         raise RecipeError("distil.max_new_tokens: is for drawn answers. Set distil.on_policy, or leave it out.")
+    choices = [_top(options)] if options.top == "auto" else []
     if not options.on_policy:
-        return ()
+        return choices
     if recipe.evaluation.surprising not in ("auto", 0):
         raise RecipeError("evaluation.surprising: answers are drawn anew at each step. Leave it out.")
-    return (Choice("evaluation.surprising", 0, "answers are drawn anew at each step"),)
+    return [*choices, Choice("evaluation.surprising", 0, "answers are drawn anew at each step")]
+
+
+def _top(options: Distil) -> Choice:
+    if options.is_served:
+        return Choice("distil.top", SERVED_TOP, "the most that vLLM gives unless it is started with --max-logprobs")
+    return Choice("distil.top", TOP, f"{4 * columns(TOP)} bytes a token")
+
+
+def _check_place(options: Distil) -> None:
+    """Raise RecipeError for options that the place of the teacher does not take."""
+    if not options.is_served:
+        given = {"distil.model": options.model, "distil.key_env": options.key_env}
+        for key in (key for key, value in given.items() if value):
+            raise RecipeError(f"{key}: {given[key]}: is of a teacher at an address. Leave it out.")
+        return
+    if not re.match(r"https?://[^/\s]+", options.teacher or ""):
+        raise RecipeError(
+            f"distil.teacher: {options.teacher}: is no address such as http://localhost:8000/v1. Name a server that "
+            "scores prompts, or a model on this machine."
+        )
+    if not options.model:
+        raise RecipeError(
+            "distil.model: is missing: the name of the teacher at its address, as GET ADDRESS/models lists it. Give "
+            "--set distil.model=NAME."
+        )
+    if options.temperature != 1:
+        raise RecipeError(
+            f"distil.temperature: {options.temperature:g}: a server scores prompts at temperature 1. Leave it out, or "
+            "name a model on this machine."
+        )
 
 
 DISTIL = Task(

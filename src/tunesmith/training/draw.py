@@ -298,7 +298,7 @@ class Drawing:
         return over_answers(state, store, shares=self.shares)
 
     def _row(self, store: RowStore, group: Group, i: int, advantage: float) -> Row:
-        numbers_NC = _numbers(group.answers[i], advantage, by_answer=self.options.normalize == "answers")
+        numbers_NC = numbers_of(group.answers[i], advantage, by_answer=self.options.normalize == "answers")
         source = store.source(group.row)
         drawn = DrawnSource(source.path, source.line, sample=i + 1)
         return answer_row(store.row(group.row).ids, group.answers[i].ids, numbers_NC, drawn)
@@ -385,8 +385,10 @@ def _fill(view: TrainState, column: str, logps: Sequence[NDArray[np.float32]]) -
         numbers_NC[:, VALUE_COLUMNS.index(column)] = logps_N
 
 
-def _numbers(answer: DrawnAnswer, advantage: float, *, by_answer: bool) -> NDArray[np.float32]:
-    """[N, C], see `VALUE_COLUMNS`."""
+def numbers_of(
+    answer: DrawnAnswer, advantage: float | NDArray[np.float32], *, by_answer: bool = False
+) -> NDArray[np.float32]:
+    """[N, C], see `VALUE_COLUMNS`. `advantage`: of the answer, or [N] of its tokens."""
     num = len(answer.ids)
     numbers_NC = np.full((num, len(VALUE_COLUMNS)), np.nan, np.float32)
     numbers_NC[:, 0], numbers_NC[:, 1], numbers_NC[:, 2] = advantage, 1 / num if by_answer else 1, answer.logps

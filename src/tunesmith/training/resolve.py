@@ -48,10 +48,10 @@ from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
-from tunesmith.tasks.distil import DISTIL
 from tunesmith.training.image_parts import decide_seeing, forecast_notes
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import as_answers, streams_of
+from tunesmith.training.served_teacher import ServedTeacher, notes_on_asking
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 
@@ -79,6 +79,8 @@ class ResolvedRun:
     root: Path
     """The folder of runs."""
     offline: bool
+    served: ServedTeacher | None
+    """Its teacher, if that is at an address."""
 
 
 def resolve_run(
@@ -126,7 +128,8 @@ def resolve_run(
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
-        notes, other_models = rate_notes(recipe, facts), other_weights(recipe, root, offline=offline)
+        notes = [*rate_notes(recipe, facts), *notes_on_asking(recipe, rows)]
+        other_models = other_weights(recipe, root, offline=offline)
         with _forecasting(notes):
             device = device or _device_here(notes, recipe, world, apart=apart)
             folder = root if is_here else None
@@ -140,7 +143,9 @@ def resolve_run(
             decisions.set(key, value)
     # 5. One recipe.
     choices = [choice for choice in decisions.choices if is_here or choice.key not in ("device", "threads")]
-    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast, root, offline)
+    recipe = decisions.folded()
+    served = ServedTeacher(recipe.distil, inputs.renderer.tokenizer, offline) if recipe.distil.is_served else None
+    return ResolvedRun(recipe, choices, notes, inputs, rows, given, forecast, root, offline, served)
 
 
 def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, *, recipe: Recipe) -> Facts:
@@ -179,9 +184,6 @@ def _forecasting(notes: list[str]) -> Iterator[None]:
 def _on_devices(decisions: Decisions, world: World) -> int:
     """Decide the number of devices, as many as the group has; how many processes of it are on this machine."""
     if world.size > 1:
-        recipe = decisions.recipe
-        if recipe.distil.teacher is not None or recipe.task == DISTIL.name:
-            raise RecipeError(f"devices: {world.size}: task distil trains on one device. Start one process.")
         decisions.set("devices", world.size)
         return world.place.local_size
     if decisions.is_open("devices"):
@@ -309,7 +311,7 @@ def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
     num_bytes = 0
     if recipe.reinforce.grader is not None:
         num_bytes += weights_of(graders.load(recipe.grader_at), root, offline=offline)
-    if recipe.distil.teacher is not None:
+    if recipe.distil.teacher is not None and not recipe.distil.is_served:
         num_bytes += weights_of_any(recipe.teacher_at, root, offline=offline)
     return num_bytes
 

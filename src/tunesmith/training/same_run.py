@@ -23,6 +23,8 @@ NAMED_LATER = {
     "setting data.limits.image_bytes": "20971520",
     "setting data.limits.image_pixels": "24000000",
     "setting reinforce.updates": "1",
+    "setting distil.model": "None",
+    "setting distil.key_env": "",
 }
 """Settings that earlier versions did not record, with the values that they used; each new option goes here."""
 MEASURES_LATER = "setting evaluation.samples_before"

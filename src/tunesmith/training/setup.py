@@ -60,7 +60,7 @@ from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.training.taught_answers import taught_by
-from tunesmith.training.teacher import Teacher
+from tunesmith.training.teacher import AnyTeacher
 from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress
 
 PROBED = 3
@@ -96,7 +96,7 @@ class Setup(TrainState):
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
     drawing: Drawing | None = None
     """Draws and grades answers; None: rows have theirs."""
-    teacher: Teacher | None = None
+    teacher: AnyTeacher | None = None
     """The model that rows, or drawn answers, are read by."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of data, model, tokenizer and template, and settings. An exact resume needs the same, but for
@@ -150,6 +150,8 @@ def prepare(
     """
     world = world or World()
     plan = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
+    if run is None and plan.served is not None:
+        plan.served.prove()  # before a model is loaded; a run that goes on may need it no more
     setup = _set_up(plan, world, on_progress)
     # A float16 that the person chose is kept: losses that are no numbers will show that it overflows.
     if plan.recipe.precision != "float16" or not _overflows(setup, was_chosen="precision" not in plan.given):
@@ -209,7 +211,7 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     collator, held_collator, sharing_choices = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
     drawing = _drawing(plan, attachment, output, shares=collator.shares)
-    teacher, distilling = taught_by(plan, model, output)
+    teacher, distilling = taught_by(plan, model, output, world)
     samples, prompt_notes = _samples(recipe.evaluation, inputs, rows)
     notes = [*inputs.notes, *plan.notes, *rows.notes, *far_numbers(rows), *kernel_notes, *padding_notes, *loss_notes]
     return Setup(
@@ -401,7 +403,7 @@ def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes:
 
 def _identity(
     recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], drawing: Drawing | None, *,
-    teacher: Teacher | None,
+    teacher: AnyTeacher | None,
 ) -> dict[str, str]:  # fmt: skip
     """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
     the recipe for other tasks are left out."""

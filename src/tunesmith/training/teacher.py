@@ -15,9 +15,10 @@ import gc
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.collate import build_batch
 from tunesmith.data.dataset import RowStore
+from tunesmith.data.kept_replies import KeptReplies
 from tunesmith.data.row_targets import write_teacher
 from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.data.splits import Splits
@@ -39,9 +41,12 @@ from tunesmith.models.forward import hidden_states, logits_at_targets
 from tunesmith.models.fused_loss import OutputLayer, find_output_layer
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import eval_mode
+from tunesmith.parallel.world import World
 from tunesmith.phrases import size
 from tunesmith.recipe.distillation import Distil
+from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import free_bytes, storing, writing
+from tunesmith.training.served_teacher import ServedTeacher
 from tunesmith.types import Batch, OnProgress, Row, Source
 
 SPARE_BYTES = 256 * 2**20
@@ -66,6 +71,8 @@ class Teacher:
     output: OutputLayer | None
     identity: dict[str, str]
     """Hashes of all that its answers follow from."""
+    device: str
+    """The device that it computes on."""
 
     @property
     def digest(self) -> str:
@@ -75,7 +82,16 @@ class Teacher:
     @property
     def top(self) -> int:
         """Tokens of a list: at least one is left for the rest."""
-        return min(self.options.top, self.vocabulary - 1)
+        return min(resolved(self.options.top), self.vocabulary - 1)
+
+    @property
+    def computed(self) -> Mapping[str, Any]:
+        """Settings of this machine that its numbers follow from."""
+        return {
+            "computed": [self.device, torch.get_num_threads()],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
 
     def free(self) -> None:
         """Let the model go."""
@@ -133,6 +149,10 @@ class Teacher:
                 yield members, build_batch(inside, members, layout="padded", device=device, pad_id=pad_id)
 
 
+AnyTeacher: TypeAlias = Teacher | ServedTeacher
+"""A model on this machine, or at an address."""
+
+
 def load_teacher(
     options: Distil, place: str, tokenizer: PreTrainedTokenizerBase, *, device: str, root: Path, offline: bool
 ) -> Teacher:
@@ -158,7 +178,7 @@ def load_teacher(
         raise RecipeError(
             f"distil.teacher: {name}: {num_outputs:,} outputs for {vocabulary:,} tokens. Use another teacher."
         )
-    return Teacher(loaded, options, vocabulary, output, loaded.identity())
+    return Teacher(loaded, options, vocabulary, output, loaded.identity(), str(loaded.model.device))
 
 
 def refuse_other_vocabulary(name: str, learner: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -175,15 +195,25 @@ def refuse_other_vocabulary(name: str, learner: PreTrainedTokenizerBase, teacher
     )
 
 
-def use_teacher(teacher: Teacher | None, rows: Splits, run_rows: Path, *, on_progress: OnProgress) -> None:
+def use_teacher(
+    teacher: AnyTeacher | None, rows: Splits, run_rows: Path, world: World, *, on_progress: OnProgress
+) -> None:
     """Write what the teacher finds likely into the rows that need it: those that are measured, and those that
     are trained on unless answers are drawn. It then leaves the memory, unless it is needed at each step.
 
-    `run_rows`: the run's folder of rows, where it finds them when it goes on. Raises StorageError, and
-    DoesNotFitError for a disk without room.
+    `run_rows`: the run's folder of rows, where it finds them when it goes on, and what a server has said of them
+    until all are there. The first rank of a machine has the rows read, and the others find its lists. Raises
+    StorageError, TeacherError, and DoesNotFitError for a disk without room.
     """
     if teacher is None:
         return
+    leader, of_rank = leader_of(world), f"-{world.rank}" if world.rank else ""
+    if world.rank != leader:
+        world.wait_for(f"lists of {leader}", leader)
+    elif isinstance(teacher, ServedTeacher):
+        teacher.replies = KeptReplies(run_rows / f"asked{of_rank}.jsonl", columns(teacher.top))
+    if isinstance(teacher, ServedTeacher) and teacher.options.on_policy:
+        teacher.drawn_replies = KeptReplies(run_rows / f"drawn{of_rank}.jsonl", 1)
     sides = [(rows.held_store, rows.held_rows)]
     if not teacher.options.on_policy:
         sides.append((rows.store, rows.train_rows))
@@ -193,18 +223,29 @@ def use_teacher(teacher: Teacher | None, rows: Splits, run_rows: Path, *, on_pro
             name = f"{store.key[:16]}-{_digest(teacher, rows_I)}.teacher"
             places = [run_rows / ("train" if store is rows.store else "held_out") / name, store.folder / name]
             write_teacher(store, rows_I, kept_lists(teacher, store, rows_I, places, on_progress=on_progress))
+    if isinstance(teacher, ServedTeacher) and teacher.replies is not None:
+        teacher.replies.remove()
+        teacher.replies = None
+    if world.rank == leader:
+        world.publish(f"lists of {leader}", True)
     if not teacher.options.on_policy:
         teacher.free()
 
 
-def stand_in(teacher: Teacher | None, rows: Splits, longest: int) -> None:
-    """Lists that say nothing, for a run that is tried: the teacher reads a row of
-    `longest` tokens, for its memory."""
+def leader_of(world: World) -> int:
+    """The first rank of this rank's machine."""
+    return world.rank - world.place.local_rank
+
+
+def stand_in(teacher: AnyTeacher | None, rows: Splits, longest: int) -> None:
+    """Lists that say nothing, for a run that is tried: a teacher on this machine reads a row of `longest` tokens,
+    for its memory."""
     if teacher is None:
         return
-    ids_T = np.zeros(longest, np.int32)
-    for _ in teacher.lists([Row(ids_T, np.arange(longest) > 0, Source("", 0))]):
-        pass
+    if isinstance(teacher, Teacher):
+        ids_T = np.zeros(longest, np.int32)
+        for _ in teacher.lists([Row(ids_T, np.arange(longest) > 0, Source("", 0))]):
+            pass
     alike = np.full(teacher.top + 1, -np.log(teacher.top + 1), np.float32)
     values_C = np.concatenate([np.arange(teacher.top, dtype=np.float32), alike])
     for store in dict.fromkeys((rows.store, rows.held_store)):
@@ -215,13 +256,17 @@ def stand_in(teacher: Teacher | None, rows: Splits, longest: int) -> None:
 
 
 def kept_lists(
-    teacher: Teacher, store: RowStore, rows_I: NDArray[np.int64], places: Sequence[Path], *, on_progress: OnProgress
+    teacher: AnyTeacher, store: RowStore, rows_I: NDArray[np.int64], places: Sequence[Path], *, on_progress: OnProgress
 ) -> NDArray[np.float32]:
     """[M, C] of the targets of these rows, mapped into memory from a file that is at one of `places`, or is
-    written now; then it is at all of them."""
+    written now; then it is at all of them. The first place is the run's own; what another run has left of a
+    teacher at an address is compared with what that says now."""
     counts_I, width = store.targets[rows_I].astype(np.int64), columns(teacher.top)
     shape, num_bytes = (int(counts_I.sum()), width), 4 * int(counts_I.sum()) * width
     known = [path for path in places if path.exists() and path.stat().st_size == num_bytes]
+    if isinstance(teacher, ServedTeacher) and known and known[0] != places[0]:
+        first_NC = np.memmap(known[0], np.float32, "r", shape=shape)[: counts_I[0]]
+        teacher.refuse_other(store.row(int(rows_I[0])), first_NC, known[0])
     if not known:
         known = [places[-1]]
         _refuse_small_disk(known[0].parent, num_bytes)
@@ -262,14 +307,12 @@ def _refuse_small_disk(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _digest(teacher: Teacher, rows_I: NDArray[np.int64]) -> str:
+def _digest(teacher: AnyTeacher, rows_I: NDArray[np.int64]) -> str:
     parts = {
         "format": 1,
         "teacher": teacher.digest,
         "rows": hashlib.sha256(rows_I.tobytes()).hexdigest(),
         "options": [teacher.top, teacher.options.temperature],
-        "computed": [str(next(teacher._model.parameters()).device), torch.get_num_threads()],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **teacher.computed,
     }
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]

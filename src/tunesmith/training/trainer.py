@@ -23,6 +23,7 @@ from tunesmith.errors import (
     RecipeError,
     Stopped,
     StorageError,
+    TeacherError,
     UngradedError,
     one_line,
 )
@@ -309,7 +310,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
             session.emit("note", {"text": setup.rows.found_again, "aside": True})
         use_reference(session)
     share_reference(setup)
-    use_teacher(setup.teacher, setup.rows, run.rows_path, on_progress=session.listener.on_progress)
+    _have_rows_read(session)
     if fresh:
         check_start(setup)
         check_sampler(setup)
@@ -341,6 +342,16 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     notes = plan.get("warnings", [])  # of the first start, also in a resumed run
     facts = {**report_facts(setup), "name": run.path.name, "notes": notes}
     session.emit("end", {"report": write_report(run, facts, asdict(session.progress))})
+
+
+def _have_rows_read(session: Session) -> None:
+    """Have the teacher read the rows, if there is one; where one at an address is silent, how to go on is said."""
+    setup, run = session.setup, session.run
+    try:
+        use_teacher(setup.teacher, setup.rows, run.rows_path, setup.world, on_progress=session.listener.on_progress)
+    except TeacherError as error:
+        way = f"What it has said is kept. Mend what it needs and go on: {command('resume', run.path)}."
+        raise TeacherError(f"{error} {way}") from error
 
 
 def _plan(setup: Setup, planned: Event | None) -> tuple[JsonObject, JsonObject]:
@@ -393,14 +404,15 @@ def _take_steps(session: Session) -> None:
 
 @contextmanager
 def _saved_ungraded(session: Session) -> Iterator[None]:
-    """A block whose answers are graded: where too few have a reward, the steps so far are
-    saved, and how to go on is said."""
+    """A block whose answers are graded, or read by a teacher at an address: where too few have a reward, or it is
+    silent, the steps so far are saved, and how to go on is said."""
     try:
         yield
-    except UngradedError as error:
+    except (UngradedError, TeacherError) as error:
         save(session)
-        way = f"Mend what it needs and go on: {command('resume', session.run.path)}. An edited grader is a new run's."
-        raise UngradedError(f"{error} Saved: step {session.progress.step}. {way}") from error
+        way = f"Mend what it needs and go on: {command('resume', session.run.path)}."
+        edited = " An edited grader is a new run's." * isinstance(error, UngradedError)
+        raise type(error)(f"{error} Saved: step {session.progress.step}. {way}{edited}") from error
 
 
 def _steps_or_saved(session: Session) -> Iterator[Event]:

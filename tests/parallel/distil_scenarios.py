@@ -1,0 +1,56 @@
+"""What a rank does in the tests of runs with a teacher on several processes, see `parallel.group`."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tiny_run import model_folder, tiny_recipe
+from tunesmith.recipe.schema import Recipe
+from tunesmith.training import taught_answers, teacher
+from tunesmith.training.trainer import train
+
+
+def recipe_of(folder: Path, *, on_policy: bool) -> Recipe:
+    """Steps of three rows, so that two ranks have unlike shares."""
+    distil = {"teacher": str(model_folder(folder / "teacher", seed=5)), "top": 16, "on_policy": on_policy}
+    distil |= {"max_new_tokens": 6} if on_policy else {}
+    evaluation = {"samples": 0, "general": False, "surprising": 0}
+    settings: dict[str, Any] = {"method": "full", "optim": {"lr": 3e-3}, "train": {"max_steps": 4}}
+    return tiny_recipe(folder, task="distil", distil=distil, evaluation=evaluation, **settings)
+
+
+def _run(folder: Path, name: str, *, on_policy: bool) -> dict[str, Any]:
+    """How often this rank has loaded the teacher, and had rows read."""
+    loads, reads = list[str](), list[int]()
+    load, lists = teacher.load_teacher, teacher.Teacher.lists
+
+    def loaded(options: Any, place: str, *how: Any, **more: Any) -> Any:
+        loads.append(place)
+        return load(options, place, *how, **more)
+
+    def read(self: Any, rows: Any) -> Any:
+        reads.append(len(rows))
+        return lists(self, rows)
+
+    with patch.object(taught_answers, "load_teacher", loaded), patch.object(teacher.Teacher, "lists", read):
+        train(recipe_of(folder, on_policy=on_policy), root=folder / f"root-{name}", out=folder / name)
+    return {"loads": len(loads), "reads": reads}
+
+
+def off_policy(folder: Path) -> Any:
+    return _run(folder, "off_policy", on_policy=False)
+
+
+def on_policy(folder: Path) -> Any:
+    return _run(folder, "on_policy", on_policy=True)
+
+
+def swapped_planted(folder: Path) -> Any:
+    """Answers are put together rank by rank, not prompt by prompt."""
+    gathered = taught_answers.all_answers
+
+    def one_behind_the_other(world: Any, mine: Any, num: int) -> Any:
+        return [gathered(world, mine, num)[at] for at in [*range(0, num, 2), *range(1, num, 2)]]
+
+    with patch.object(taught_answers, "all_answers", one_behind_the_other):
+        return _run(folder, "swapped", on_policy=True)

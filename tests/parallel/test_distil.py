@@ -1,0 +1,62 @@
+"""A run with a teacher on two processes is the run of one: lists, answers, losses, weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.distil_scenarios import recipe_of
+from parallel.group import start
+from tiny_run import last_tensors
+from tunesmith.runs.folder import Run
+from tunesmith.training.trainer import train
+
+EXACT = ("rows", "targets", "ended", "answer_tokens", "longest_answer")
+NEAR = ("loss", "surprise", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("taught")
+    recipe_of(made, on_policy=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return start(folder, "off_policy", "on_policy", module="parallel.distil_scenarios")
+
+
+def assert_run_of_one(folder: Path, run: Run, *, on_policy: bool) -> None:
+    alone = train(recipe_of(folder, on_policy=on_policy), root=folder / "alone")
+    ours, theirs = ([e for e in each.events() if e.kind in ("step", "evaluation")] for each in (run, alone))
+    assert [event.step for event in ours] == [event.step for event in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in EXACT:
+            assert mine.values.get(key) == other.values.get(key), (mine.step, key)
+        for key in NEAR:
+            assert mine.values.get(key) == pytest.approx(other.values.get(key), abs=1e-5), (mine.step, key)
+    of_two = last_tensors(run)
+    # Adam makes of a gradient near zero a step of its whole rate
+    assert all(torch.allclose(of_two[name], tensor, atol=2e-3) for name, tensor in last_tensors(alone).items())
+
+
+@pytest.mark.parametrize("name", ["off_policy", "on_policy"])
+def test_two_processes_learn_as_one(ranks: list[dict[str, Any]], folder: Path, name: str) -> None:
+    assert "error" not in ranks[0][name], ranks[0]
+    assert_run_of_one(folder, Run(folder / name), on_policy=name == "on_policy")
+
+
+def test_rows_are_read_by_the_first_rank_alone(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["off_policy"]["loads"] for rank in ranks] == [1, 0]
+    assert [rank["on_policy"]["loads"] for rank in ranks] == [1, 1], "each reads the answers that it learns"
+    for name in ("off_policy", "on_policy"):
+        assert [bool(rank[name]["reads"]) for rank in ranks] == [True, False]
+
+
+@pytest.mark.slow
+def test_answers_that_are_given_to_other_prompts_are_seen(folder: Path) -> None:
+    start(folder, "swapped_planted", module="parallel.distil_scenarios")
+    with pytest.raises((AssertionError, FileNotFoundError)):
+        assert_run_of_one(folder, Run(folder / "swapped"), on_policy=True)
