@@ -23,11 +23,22 @@ A message names the place, the value, the rule and the way out, in this order.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from tunesmith.types import Problem, Way
+    from tunesmith.types import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class WayOut:
+    """Options with which a command that was refused, or a run that failed, can go on."""
+
+    settings: Mapping[str, str | int]
+    """Values by key, as `--set` takes them."""
+    words: str = ""
+    """What they do, for a button; empty: the options themselves say it."""
 
 
 _MEMORY_WORDS = (
@@ -61,7 +72,7 @@ class TunesmithError(Exception):
     topic = ""
     """Heading of docs/guide/troubleshooting.md that says more, for `tunesmith explain`."""
 
-    def __init__(self, message: str = "", *, ways: Sequence[Way] = ()) -> None:
+    def __init__(self, message: str = "", *, ways: Sequence[WayOut] = ()) -> None:
         """`ways`: the ways on that its words name, where options are ways."""
         super().__init__(message)
         self.ways = tuple(ways)
@@ -91,7 +102,7 @@ class DataError(InputError):
 
     topic = "rows"
 
-    def __init__(self, message: str, problems: Sequence[Problem] = (), *, ways: Sequence[Way] = ()) -> None:
+    def __init__(self, message: str, problems: Sequence[Problem] = (), *, ways: Sequence[WayOut] = ()) -> None:
         by_words = {way.words: way for problem in problems for way in problem.ways}
         super().__init__(message, ways=[*ways, *by_words.values()])
         self.problems = tuple(problems)
@@ -134,7 +145,9 @@ class OutOfMemoryError(TunesmithError):
 
     topic = "out-of-memory"
 
-    def __init__(self, message: str, *, step: int, lengths: Sequence[int], peak: int, ways: Sequence[Way] = ()) -> None:
+    def __init__(
+        self, message: str, *, step: int, lengths: Sequence[int], peak: int, ways: Sequence[WayOut] = ()
+    ) -> None:
         super().__init__(message, ways=ways)
         self.step = step
         self.lengths = tuple(lengths)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Size, Tensor, nn
 
+    from tunesmith.errors import WayOut
+
 # B rows, T tokens, N targets, C classes, L lines, K branches of a row, V values
 
 T = TypeVar("T")
@@ -100,16 +102,6 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """Options with which a command that was refused, or a run that failed, can go on."""
-
-    settings: Mapping[str, str | int]
-    """Values by key, as `--set` takes them."""
-    words: str = ""
-    """What they do, for a button; empty: the options themselves say it."""
-
-
-@dataclass(frozen=True, slots=True)
 class Problem:
     """One finding about one row. An `error` makes the row unusable, a `warning` does not."""
 
@@ -118,7 +110,7 @@ class Problem:
     message: str
     fix: str = ""
     severity: Literal["error", "warning"] = "error"
-    ways: tuple[Way, ...] = ()
+    ways: tuple[WayOut, ...] = ()
     """The ways on that `fix` names, where options are ways."""
 
     def __str__(self) -> str:
@@ -488,24 +480,3 @@ def required(value: T | None) -> T:
     if value is None:
         raise AssertionError("an option without a value here")
     return value
-
-
-@dataclass(slots=True)
-class Draft:
-    """An example, or one window of it, as tokens."""
-
-    ids_T: NDArray[np.int32]
-    trained_T: NDArray[np.bool_]
-    warnings: list[Problem] = field(default_factory=list)
-    classes_N: tuple[str, ...] | None = None
-    """Names of the classes that are learnt at the trained tokens; None: tokens themselves; empty: any class."""
-    second: int = 0
-    num_bytes: int = 0
-    branches: tuple[int, ...] = ()
-    values: tuple[float, ...] = ()
-    keys: tuple[int, ...] = ()
-    images: tuple[int, ...] = ()
-
-
-Drafts: TypeAlias = list[Draft] | Problem
-"""The windows of an example, mostly one, or the problem that makes it unusable."""

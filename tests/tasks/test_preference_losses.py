@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from shape.tree import ROOT
 from tiny_model import tiny_model
 from tunesmith.data.branches import join, line_tokens, lines_of
+from tunesmith.data.drafts import Draft
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.recipe.objectives import Prefer
 from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, line_logps, pair_losses
-from tunesmith.types import Draft, Row, Source
+from tunesmith.types import Row, Source
 
 PEER = json.loads((Path(__file__).parent / "trl_losses.json").read_text("utf-8"))
 """Made by trl_losses.py where TRL is installed."""

@@ -21,9 +21,10 @@ from tunesmith.data.branches import join
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.classification import ClassificationEncoder
 from tunesmith.data.completion import CompletionEncoder
+from tunesmith.data.drafts import Draft, Drafts
 from tunesmith.data.formats.comparisons import SIDES
 from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
-from tunesmith.types import Draft, Drafts, Example, Part, Pooling, Problem
+from tunesmith.types import Example, Part, Pooling, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

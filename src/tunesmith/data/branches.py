@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.types import LEAST_PREFIX, Draft, Row
+from tunesmith.data.drafts import Draft
+from tunesmith.types import LEAST_PREFIX, Row
 
 
 def lines_of(row: Row) -> list[Row]:

@@ -24,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.chat_template import ChatTemplate, Message, TemplateRefusal
+from tunesmith.data.drafts import Draft, Drafts
 from tunesmith.data.images import BadImage
 from tunesmith.data.placeholders import ImageCheck, as_lists, as_message, expanded, num_images
 from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, Tokens
 from tunesmith.errors import DataError, ModelError
-from tunesmith.types import Draft, Drafts, Example, ImageRef, Part, Problem, Source, images_of
+from tunesmith.types import Example, ImageRef, Part, Problem, Source, images_of
 
 SENTINEL = "tunesmithQ7vAnswerZ3kHere"
 """One word, letters and digits only: no template trims, splits or escapes it."""

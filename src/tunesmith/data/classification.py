@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.drafts import Draft, Drafts
 from tunesmith.data.renderer import EncoderSettings, RowEncoder
 from tunesmith.data.tokenizer import ControlTokens, Tokens
 from tunesmith.errors import RecipeError
-from tunesmith.types import Draft, Drafts, Example, Problem
+from tunesmith.types import Example, Problem
 
 
 class ClassificationEncoder(RowEncoder):

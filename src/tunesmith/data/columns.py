@@ -15,10 +15,10 @@ from tunesmith.data.addresses import is_address
 from tunesmith.data.formats import FORMATS, SHAPES, find_shape, task_of_rows
 from tunesmith.data.problems import as_yaml, names, paste
 from tunesmith.data.read import read
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, WayOut
 from tunesmith.phrases import did_you_mean, nearest, set_words
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import JsonObject, Problem, Record, Shape, Source, TaskName, Way
+from tunesmith.types import JsonObject, Problem, Record, Shape, Source, TaskName
 
 SAMPLE_ROWS, SAMPLE_CHARS, SAMPLE_COLUMNS = 500, 4_000_000, 200
 """The part of a file that is looked at: rows, characters of all, fields of a row."""
@@ -85,11 +85,11 @@ class Meaning:
         return f"To learn {self.learns}: {option}."
 
     @property
-    def way(self) -> Way:
+    def way(self) -> WayOut:
         """Its options, for a button."""
         task = {"task": self.task} if self.task else {}
         kind = {"data.label_kind": "number"} if self.by_number else {}
-        return Way({**task, "data.columns": as_yaml(self.columns), **kind}, f"Learn {self.learns}")
+        return WayOut({**task, "data.columns": as_yaml(self.columns), **kind}, f"Learn {self.learns}")
 
     @property
     def said(self) -> str:
@@ -362,7 +362,7 @@ def ask_text_or_classes(data: Data) -> DataError | None:
         texts = [name for name, kind in kinds.items() if few and kind in ("name", "text")]
         maybe = [name for name in texts if _plain(name) not in _ABOUT]
         if label := next(iter([*labels, *maybe]), None):
-            of_class, of_text = _class_of(text, label), Way({"task": "text"}, "Learn the text itself")
+            of_class, of_text = _class_of(text, label), WayOut({"task": "text"}, "Learn the text itself")
             return DataError(
                 f"{file.path}: the rows are text, and have {label!r}. Is the text to be learnt, or its class? "
                 f"{of_class} To learn the text itself: {set_words(of_text.settings)}.",

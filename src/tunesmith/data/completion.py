@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.chat import ChatEncoder
+from tunesmith.data.drafts import Draft, Drafts
 from tunesmith.data.renderer import EncoderSettings, LengthLimit, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.types import Draft, Drafts, Example, ModelKind, Part, Problem
+from tunesmith.types import Example, ModelKind, Part, Problem
 
 PLACEHOLDER = "{document}"
 """Replaced by the document in a prompt."""

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.drafts import Draft, Drafts
 from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlTokens, Tokens
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.types import Draft, Drafts, Example, Part, Problem
+from tunesmith.types import Example, Part, Problem
 
 
 class DocumentEncoder(RowEncoder):

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, WayOut
 from tunesmith.phrases import listed, nearest
 from tunesmith.recipe.schema import Data
-from tunesmith.types import JsonObject, Problem, Source, Way
+from tunesmith.types import JsonObject, Problem, Source
 
 SKIP = "--set data.bad_rows=skip"
-SKIPPING = Way({"data.bad_rows": "skip"}, "Leave such rows out")
+SKIPPING = WayOut({"data.bad_rows": "skip"}, "Leave such rows out")
 MOST_NAMES = 20
 """Fields named in one line."""
 MOST_OF_A_ROW = 50
@@ -26,7 +26,9 @@ _OF_YAML = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 """Words that are values of their own in a recipe."""
 
 
-def refusal(path: str, line: int, code: str, message: str, fix: str = "", *, ways: tuple[Way, ...] = ()) -> DataError:
+def refusal(
+    path: str, line: int, code: str, message: str, fix: str = "", *, ways: tuple[WayOut, ...] = ()
+) -> DataError:
     """The error for a file in which nothing, or nothing more, can be read. No option leaves it out."""
     problem = Problem(Source(path, line), code, message, fix, ways=ways)
     return DataError(str(problem), [problem])

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from tunesmith.data.chat import ChatEncoder
+from tunesmith.data.drafts import Draft, Drafts
 from tunesmith.data.renderer import ignore_cut
 from tunesmith.errors import DataError
-from tunesmith.types import Draft, Drafts, Example, Problem
+from tunesmith.types import Example, Problem
 
 
 class PromptEncoder(ChatEncoder):

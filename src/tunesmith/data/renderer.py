@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.drafts import Draft, Drafts
 from tunesmith.data.images import batch_images
 from tunesmith.data.read_json import strings
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, fingerprint
 from tunesmith.types import (
     IGNORE,
     BatchImage,
-    Draft,
-    Drafts,
     Example,
     ImageRef,
     ModelKind,

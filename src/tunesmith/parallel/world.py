@@ -22,8 +22,8 @@ from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
-from tunesmith.errors import GroupError, InputError, NonFiniteError, OutOfMemoryError, Stopped, TunesmithError
-from tunesmith.types import JsonObject, Record, Way
+from tunesmith.errors import GroupError, InputError, NonFiniteError, OutOfMemoryError, Stopped, TunesmithError, WayOut
+from tunesmith.types import JsonObject, Record
 from tunesmith.version import __version__
 
 JOIN_S = 600.0
@@ -295,7 +295,7 @@ class World:
             if self._store.check([FAILED_KEY]):
                 failed = self._get(FAILED_KEY)
                 text = f"rank {failed['rank']} of {self.size}: {failed['text']}"
-                error = GroupError(text, ways=[Way(**way) for way in failed["ways"]])
+                error = GroupError(text, ways=[WayOut(**way) for way in failed["ways"]])
                 error.exit_code = failed["code"]
                 raise error
 

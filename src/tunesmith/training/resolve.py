@@ -118,8 +118,7 @@ def resolve_run(
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     rows = _rows(decisions, inputs, cache_dirs, on_progress)
-    kind = device.kind if device else decisions.recipe.device
-    facts = _facts(inputs, rows, kind, processes, recipe=decisions.recipe)
+    facts = _facts(inputs, rows, device, processes, recipe=decisions.recipe)
     free_tokens, is_here = decisions.is_open("train.tokens_per_pass"), device is None
     _decide(decisions, inputs, rows, facts)
     # 4. What memory decides, by a forecast; in a resumed run, or on another rank, it is decided already.
@@ -132,11 +131,9 @@ def resolve_run(
         other_models = other_weights(recipe, root, offline=offline)
         with _forecasting(notes):
             device = device or _device_here(notes, recipe, world, apart=apart)
+            known: dict[str, Any] = {"notes": notes, "other_models": other_models, "free_tokens": free_tokens}
             folder = root if is_here else None
-            known: dict[str, Any] = {"notes": notes, "other_models": other_models}
-            forecast = _forecast(
-                decisions, inputs, rows, device=device, folder=folder, free_tokens=free_tokens, **known
-            )
+            forecast = _forecast(decisions, inputs, rows, device=device, folder=folder, **known)
         on_progress("plan", 1, 1)
     for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what forecasts decide
         if decisions.is_open(key):
@@ -148,8 +145,8 @@ def resolve_run(
     return ResolvedRun(recipe, choices, notes, inputs, rows, given, forecast, root, offline, served)
 
 
-def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, *, recipe: Recipe) -> Facts:
-    """Facts for the decisions after the rows. `kind`: the device's."""
+def _facts(inputs: Inputs, rows: Splits, device: Device | None, processes: int, *, recipe: Recipe) -> Facts:
+    """Facts for the decisions after the rows. `device`: another machine's."""
     (store, rows_I), (held, held_I) = rows.sides
     task, lengths_I = TASKS[rows.task], store.lengths[rows_I]
     headline = "loss" if rows.labels is None else labels_headline(task, rows.labels)
@@ -158,7 +155,7 @@ def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, *, recipe: R
         lengths_I = (lengths_I + recipe.reinforce.max_new_tokens) * recipe.reinforce.samples
     return Facts(
         inputs.size.num_params,
-        kind,
+        device.kind if device else recipe.device,
         inputs.kind,
         lengths_I=lengths_I,
         held_targets_I=held.targets[held_I],

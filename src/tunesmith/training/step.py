@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tunesmith.data.collate import LinesOf
 from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
-from tunesmith.errors import GroupError, OutOfMemoryError, is_out_of_memory
+from tunesmith.errors import GroupError, OutOfMemoryError, WayOut, is_out_of_memory
 from tunesmith.models.memory import free_cached_memory, peak_memory_bytes
 from tunesmith.optim import gradient_norm
 from tunesmith.parallel.exchange import Computed, Exhausted
 from tunesmith.phrases import set_words, size
 from tunesmith.training.state import TrainState
-from tunesmith.types import Batch, LossSum, Way
+from tunesmith.types import Batch, LossSum
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ def rehearse(state: TrainState, rows: MicroBatch, *, times: int) -> None:
         drop_gradients(state)
 
 
-def _smaller(sampler: StepSampler) -> Way:
-    return Way({"train.tokens_per_pass": max(1, sampler.tokens_per_pass // 2)})
+def _smaller(sampler: StepSampler) -> WayOut:
+    return WayOut({"train.tokens_per_pass": max(1, sampler.tokens_per_pass // 2)})
 
 
 def step_norm(state: TrainState) -> float:

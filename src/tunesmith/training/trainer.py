@@ -25,6 +25,7 @@ from tunesmith.errors import (
     StorageError,
     TeacherError,
     UngradedError,
+    WayOut,
     one_line,
 )
 from tunesmith.evaluation.metrics import METRICS
@@ -72,7 +73,7 @@ from tunesmith.training.together import (
     share_start,
     unfinished,
 )
-from tunesmith.types import Event, JsonObject, Way
+from tunesmith.types import Event, JsonObject
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -424,7 +425,7 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
         save(session)
         num_layers = len(layers_of(session.setup.model))
         settings = {"train.tokens_per_pass": 1} | ({"train.checkpointed_layers": num_layers} if num_layers else {})
-        ways = [Way(settings)] if error.step else []  # answers are drawn whole
+        ways = [WayOut(settings)] if error.step else []  # answers are drawn whole
         way = f"with: {command('resume', session.run.path)} {set_words(settings)}" if ways else "start a new run"
         raise OutOfMemoryError(
             f"{error} Saved: step {session.progress.step}. Resume on a machine with more memory, or {way}",
