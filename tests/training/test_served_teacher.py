@@ -14,6 +14,7 @@ from scoring import Entries, ScoringServer, scoring
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import copied, model_folder, same_run, stopped, tiny_recipe
+from tunesmith.cli.check import _why_not
 from tunesmith.data.kept_replies import KeptReplies
 from tunesmith.data.teacher_rows import columns
 from tunesmith.errors import InputError, RecipeError, TeacherError
@@ -346,6 +347,7 @@ def test_a_plan_says_how_often_it_is_asked_and_asks_nothing(server: ScoringServe
         assert plan.forecast.memory.other_models == 0
         assert any(words in note and "is not foreseen" in note for note in plan.notes)
         assert any(f"is of its {TOP} likeliest tokens" in note for note in plan.notes)
+        assert "which a plan does not ask" in _why_not(plan, fits=True)
     assert server.asked == []
 
 
@@ -354,6 +356,7 @@ def test_a_plan_says_how_often_it_is_asked_and_asks_nothing(server: ScoringServe
     [
         ("http://localhost:8000/v1", {"model": None}, r"distil\.model: is missing"),
         ("ftp://localhost/model", {}, "is no address such as"),
+        ("http://me:secret@localhost/v1", {}, "distil.teacher: http://…@localhost/v1: is no address such as"),
         ("http://localhost:8000/v1", {"temperature": 2.0}, "scores prompts at temperature 1"),
         ("some/model", {}, r"distil\.model: large: is of a teacher at an address"),
         ("some/model", {"model": None, "key_env": "KEY"}, r"distil\.key_env: KEY: is of a teacher at an address"),

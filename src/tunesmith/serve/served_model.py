@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ class ServedModel:
         self._max_new_tokens(request, len(ids), EngineOptions())
         if not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise RequestError(f"a token is none of the {self.vocab_size:,} of {self.card.name}", param="prompt")
-        texts, places = _Texts(self.renderer.tokenizer), list[JsonObject | None]([None])
+        places = list[JsonObject | None]([None])
+        text_of = cache(lambda token: str(self.renderer.tokenizer.decode([token])))
         for logits_TV in self.decoder.score(self.adapter, ids):
             logp_TV = logits_TV.log_softmax(-1)
             for logp_V, token in zip(logp_TV, ids[len(places) :], strict=False):
@@ -109,14 +110,14 @@ class ServedModel:
                 rank_of.setdefault(token, int((logp_V > logp_V[token]).sum()) + 1)
                 places.append(
                     {
-                        str(listed): {"logprob": float(logp_V[listed]), "rank": rank, "decoded_token": texts[listed]}
+                        str(listed): {"logprob": float(logp_V[listed]), "rank": rank, "decoded_token": text_of(listed)}
                         for listed, rank in rank_of.items()
                     }
                 )
             done(len(places))
             last = int(logp_TV[-1].argmax())
         ended = last in self.renderer.stop_ids
-        return {"prompt_logprobs": places, "text": "" if ended else texts[last], "ended": ended}
+        return {"prompt_logprobs": places, "text": "" if ended else text_of(last), "ended": ended}
 
     def decoder_of(self, request: PreparedRequest) -> Decoder:
         """The decoder that answers a request."""
@@ -218,18 +219,6 @@ class ServedModel:
             )
             raise RequestError(message, code="context_length_exceeded", param=param)
         return min(options.max_new_tokens, room) if wanted is None else wanted
-
-
-class _Texts(dict[int, str]):
-    """The text of each token alone."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> str:
-        text = self[token] = str(self._tokenizer.decode([token]))
-        return text
 
 
 @dataclass

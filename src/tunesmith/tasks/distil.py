@@ -65,10 +65,11 @@ def _check_place(options: Distil) -> None:
         for key in (key for key, value in given.items() if value):
             raise RecipeError(f"{key}: {given[key]}: is of a teacher at an address. Leave it out.")
         return
-    if not re.match(r"https?://[^/\s]+", options.teacher or ""):
+    address = re.sub("//[^/]*@", "//…@", options.teacher or "")  # a password stays out of messages, too
+    if not re.match(r"https?://[^/…\s]+", address):
         raise RecipeError(
-            f"distil.teacher: {options.teacher}: is no address such as http://localhost:8000/v1. Name a server that "
-            "scores prompts, or a model on this machine."
+            f"distil.teacher: {address}: is no address such as http://localhost:8000/v1, without a name and a "
+            "password. Name a server that scores prompts (its key by distil.key_env), or a model on this machine."
         )
     if not options.model:
         raise RecipeError(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,12 @@ class ResolvedRun:
     root: Path
     """The folder of runs."""
     offline: bool
-    served: ServedTeacher | None
-    """Its teacher, if that is at an address."""
+
+    @cached_property
+    def served(self) -> ServedTeacher | None:
+        """Its teacher, if that is at an address."""
+        distil = self.recipe.distil
+        return ServedTeacher(distil, self.inputs.renderer.tokenizer, self.offline) if distil.is_served else None
 
 
 def resolve_run(
@@ -128,10 +132,10 @@ def resolve_run(
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
         notes = [*rate_notes(recipe, facts), *notes_on_asking(recipe, rows)]
-        other_models = other_weights(recipe, root, offline=offline)
+        known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
+        known |= {"other_models": other_weights(recipe, root, offline=offline)}
         with _forecasting(notes):
             device = device or _device_here(notes, recipe, world, apart=apart)
-            known: dict[str, Any] = {"notes": notes, "other_models": other_models, "free_tokens": free_tokens}
             folder = root if is_here else None
             forecast = _forecast(decisions, inputs, rows, device=device, folder=folder, **known)
         on_progress("plan", 1, 1)
@@ -140,9 +144,7 @@ def resolve_run(
             decisions.set(key, value)
     # 5. One recipe.
     choices = [choice for choice in decisions.choices if is_here or choice.key not in ("device", "threads")]
-    recipe = decisions.folded()
-    served = ServedTeacher(recipe.distil, inputs.renderer.tokenizer, offline) if recipe.distil.is_served else None
-    return ResolvedRun(recipe, choices, notes, inputs, rows, given, forecast, root, offline, served)
+    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast, root, offline)
 
 
 def _facts(inputs: Inputs, rows: Splits, device: Device | None, processes: int, *, recipe: Recipe) -> Facts:

@@ -36,7 +36,7 @@ from tunesmith.graders.schema import JUDGE_SECONDS
 from tunesmith.phrases import plural
 from tunesmith.recipe.distillation import Distil
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.types import Aside, JsonObject, Row
+from tunesmith.types import JsonObject, Row
 
 PROBED = 64
 """Tokens of the prompt that is scored before anything is trained."""
@@ -288,5 +288,5 @@ def notes_on_asking(recipe: Recipe, rows: Splits) -> list[str]:
     top = resolved(recipe.distil.top)
     return [
         f"{name}: {words}: the time that it takes is not foreseen",
-        Aside(f"{name}: the divergence from it is of its {top} likeliest tokens, and all others as one"),
+        f"{name}: the divergence from it is of its {top} likeliest tokens, and of all others as one",
     ]
