@@ -16,7 +16,7 @@ ROOMS = {
         "the Python interface, the types that travel, errors, ways out as options",
     ),
     "cli": (4_775, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_540, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "data": (10_570, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
@@ -46,7 +46,7 @@ ROOMS = {
     "summaries": (655, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
     "trackers": (750, "four experiment trackers"),
     "training": (
-        6_040,
+        6_075,
         "the loop, a run around it, answers drawn and planned, teachers here and at addresses, packing",
     ),
 }

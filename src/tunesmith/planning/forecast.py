@@ -331,7 +331,7 @@ class Forecaster:
 
 def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_filled: bool = False) -> Heavy:
     """The micro-batch of most tokens and targets, on any device, among those that will really occur."""
-    most = MOST_STEPS_TRIED if sampler.ids_of is None else MOST_SHARING_STEPS
+    most = MOST_STEPS_TRIED if sampler.keys_of is None else MOST_SHARING_STEPS
     targets_I, size = targets_of(store), sampler.part[1]
     devices = [replace(sampler, part=(rank, size)) for rank in range(size)]  # each caches the order of an epoch
     candidates: list[Heavy] = []
