@@ -1,6 +1,7 @@
 """What images take of a run, foreseen: passes of the vision tower, its time and its memory."""
 
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def test_time_and_memory_grow_with_the_image(tmp_path: Path) -> None:
     device = Device("cpu", "cpu", 2**30, products=1.0, bandwidth=1.0)
     products = 2 * 100 * 16 + 2 * 10 * 4 + 4 * 2 * 4 * 16 * 16
     assert tower.seconds(small, device) == pytest.approx(products)
+    attends = replace(device, products=inf, attention=2.0)
+    assert tower.seconds(small, attends) == pytest.approx(4 * 2 * 4 * 16 * 16 / 2)
     shown = towers.Shown(5, 1.0, 2, small, large)
     memory = tower.memory(shown, 2**30, images=3, itemsize=4, kept=2.0)
     assert (memory.kept, memory.activations) == (5 * 4 * 128, 0)

@@ -118,8 +118,9 @@ class Tower:
         """Seconds of a pass of one image, prepared before it. Source of the products: see `forecast.pass_seconds`."""
         patches = self.patches(image)
         products = 2 * self.weights * patches + 2 * self.projector * image.tokens
-        products += 4 * self.layers * self.hidden * patches * patches // image.tiles
-        return products / device.products + PREPARED * image.numbers
+        attention = 4 * self.layers * self.hidden * patches * patches / image.tiles
+        seconds = products / device.products + attention / (device.attention or device.products)
+        return seconds + PREPARED * image.numbers
 
     def needed(self, shown: Shown) -> int:
         """Bytes of the vectors of all images."""
