@@ -81,6 +81,10 @@ class Device:
     attention: float = 0.0
     """Floating-point operations a second in attention, as reached; 0: those of `products`."""
 
+    def seconds(self, products: float, attention: float) -> float:
+        """Seconds of so many operations in products and in attention."""
+        return products / self.products + attention / (self.attention or self.products)
+
 
 _CARDS: dict[str, tuple[int, float, float]] = {
     "B200-180G": (180, 2250e12, 8.0e12),

@@ -469,8 +469,7 @@ def pass_seconds(sizes: Sizes, load: Load, device: Device, *, recomputed: int = 
     # Of attention two products forward and five backward (Dao et al. 2022, appendix B.2), half if causal.
     attention = sizes.layers * sizes.hidden * load.squares * (2 + trains * (5 + 2 * again))
     moved = MOVED * (1 + again / 3 if trains else 1 / 3) * sizes.itemsize * sizes.features * load.tokens
-    seconds = operations / device.products + attention / (device.attention or device.products)
-    return seconds + moved / device.bandwidth
+    return device.seconds(operations, attention) + moved / device.bandwidth
 
 
 def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: int, device: Device) -> float:
