@@ -2,7 +2,8 @@
 
 `--beside trl`: the losses of the first steps of full tuning, tower and projector too, and SFTTrainer's, on the same
 rows in the same order. `--cost`: seconds of each step where the vectors of a frozen tower are kept, and where each pass
-computes them anew, in turns, each in a process of its own.
+computes them anew, in turns, each in a process of its own. `--foreseen`: seconds of a step and of a picture as a plan
+foresees them by formula and after its probe, and as they are.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ def add_images(verbs: Any) -> None:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--beside", choices=["trl"], help="losses step by step")
     way.add_argument("--cost", action="store_true", help="seconds of a step with LoRA, the tower frozen")
+    way.add_argument("--foreseen", action="store_true", help="seconds that a plan foresees, beside what it takes")
     add("--model", required=True, nargs="+", metavar="FOLDER", help="folders of models that see")
     add("--rows", type=Path, required=True, help="JSONL of images, prompt and completion; <image> begins each prompt")
     add("--peer", default=str(ROOT / ".peers" / "trl" / "bin" / "python"), help="TRL's Python")
     add("--steps", type=int, default=8)
     add("--rows-per-step", type=int, default=4)
     add("--lr", type=float, default=2e-4, help="constant; at 1e-3 rounding grows to 6e-5 in Gemma 3 by step 8")
-    add("--precision", default="float32", help="of what costs; losses are compared in float32")
+    add("--precision", default="float32", help="of what costs or is foreseen; losses are compared in float32")
+    add("--method", choices=["lora", "full"], default="lora", help="of what is foreseen; full trains the tower too")
     add("--rounds", type=int, default=1, help="turns of each way in what costs")
     add("--threads", type=int, default=1)
     add("--work", type=Path, required=True, metavar="FOLDER", help="runs and results; what is there is kept")
@@ -49,11 +52,16 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         folder = options.work.resolve() / f"{number}-{Path(model).name}"
         folder.mkdir(parents=True, exist_ok=True)
         of_model = {**job, "model": str(Path(model).resolve()), "folder": str(folder)}
-        found = _beside(of_model, folder, options.peer) if options.beside else _cost(of_model, folder, options.rounds)
+        if options.beside:
+            found = _beside(of_model, folder, options.peer)
+        elif options.cost:
+            found = _cost(of_model, folder, options.rounds)
+        else:
+            found = run_peer(of_model, folder, f"foreseen-{options.method}", "images_foreseen")
         if found is None:
             return 1
         done.append((Path(model).name, found))
-    lines, agree = compared(done) if options.beside else (list(costs(done)), True)
+    lines, agree = compared(done) if options.beside else (list(costs(done) if options.cost else foreseen(done)), True)
     print("\n".join(lines))
     peer = {"TRL": done[0][1]["trl"]["versions"]} if options.beside else {}
     print(json.dumps({"machine": machine(), "ours": versions(), **peer}))
@@ -107,6 +115,19 @@ def costs(done: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[str]:
             )
             peak = " ".join(f"{turn['peak_bytes'] / 2**30:.2f}" for turn in turns)
             yield f"| {name} | {way} | {first} | {later} | {peak} | {turns[0]['losses'][-1]:.6f} |"
+
+
+def foreseen(done: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """A table in Markdown: seconds, and by how much they were foreseen wrong."""
+    yield "| Model | Seconds of | measured | by formula | error | after a probe | error |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for name, found in done:
+        for what, seconds in found["foreseen"].items():
+            measured = seconds["measured"]
+            cells = [
+                f"{seconds[way]:.3g} | {100 * (seconds[way] / measured - 1):+.0f} %" for way in ("formula", "probe")
+            ]
+            yield f"| {name} | a {what} | {measured:.3g} | {' | '.join(cells)} |"
 
 
 def _seconds(turn: dict[str, Any]) -> tuple[list[float], list[float]]:

@@ -47,8 +47,9 @@ def test_a_model_answers_and_learns_the_same(arch):
 def test_rows_that_share_what_they_begin_with_are_filled_too():
     first = np.arange(3, 23, dtype=np.int32)
     texts = [np.concatenate([first, np.array([i, i + 1], np.int32)]) for i in (4, 9)]
-    batch = batch_of([Row(ids, np.ones(len(ids), bool), Source("x", 1)) for ids in texts])
-    shared = share_prefixes(batch, texts)
+    rows = [Row(ids, np.ones(len(ids), bool), Source("x", 1)) for ids in texts]
+    batch = batch_of(rows)
+    shared = share_prefixes(batch, rows)
     assert shared.pieces
     model = sharp("llama").double()
     use_packed_attention(model)

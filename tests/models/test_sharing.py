@@ -40,7 +40,7 @@ PAIRS = rows_of((9, [4, 12]), (12, [1, 3]), system=10)
 
 def shared_batch(rows: list[Row]) -> tuple[Batch, Batch]:
     plain = batch_of(rows)
-    return plain, share_prefixes(plain, [row.ids for row in rows])
+    return plain, share_prefixes(plain, rows)
 
 
 def answers(model, batch: Batch) -> list[torch.Tensor]:

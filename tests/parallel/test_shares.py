@@ -46,7 +46,7 @@ def test_balance_is_that_of_lognormal_lengths(rows, size, least):
     assert np.mean(found) > least
 
 
-def sampler(weights, lengths, *, size, rank=0, ids_of=None, rows_per_step=16) -> StepSampler:
+def sampler(weights, lengths, *, size, rank=0, keys_of=None, rows_per_step=16) -> StepSampler:
     return StepSampler(
         rows_I=np.arange(len(lengths)),
         weights_I=np.array(weights, float),
@@ -55,7 +55,7 @@ def sampler(weights, lengths, *, size, rank=0, ids_of=None, rows_per_step=16) ->
         tokens_per_pass=300,
         layout="packed",
         seed=3,
-        ids_of=ids_of,
+        keys_of=keys_of,
         part=(rank, size),
     )
 
@@ -108,12 +108,12 @@ def test_a_family_stays_together_unless_it_is_more_than_a_fair_share():
     lengths = [101] * 12
     homes = {}
     for rank in range(4):
-        for rows in sampler([1] * 12, lengths, size=4, rank=rank, ids_of=ids.__getitem__, rows_per_step=12).step(1):
+        for rows in sampler([1] * 12, lengths, size=4, rank=rank, keys_of=ids.__getitem__, rows_per_step=12).step(1):
             homes.update(dict.fromkeys(rows, rank))
     assert sorted(homes) == list(range(12))
     assert len({homes[i] for i in range(4)}) == 1
     large = [np.append(np.arange(10), [1000 + i, *range(90)]).astype(np.int32) for i in range(12)]
-    parts = [sampler([1] * 12, lengths, size=4, rank=r, ids_of=large.__getitem__, rows_per_step=12) for r in range(4)]
+    parts = [sampler([1] * 12, lengths, size=4, rank=r, keys_of=large.__getitem__, rows_per_step=12) for r in range(4)]
     assert [sum(len(rows) for rows in part.step(1)) for part in parts] == [3, 3, 3, 3]
 
 

@@ -1,5 +1,6 @@
 """A forecast counts what a run does, and one that cannot be made ends no run."""
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,18 @@ def test_a_row_of_several_classes_is_one_target(tmp_path):
     assert targets_of(found.rows.store)[found.rows.train_rows].sum() == len(found.rows.train_rows)
 
 
-def test_time_is_products_bytes_and_starts():
-    slow = Device("cpu", "cpu", 2**30, products=1.0, bandwidth=float("inf"), launch=0.0)
+def test_time_is_products_attention_bytes_and_starts():
+    slow = Device("cpu", "cpu", 2**30, products=1.0, bandwidth=inf, launch=0.0)
     # 3 products of 500 weights, forward, backward to inputs and to weights; logits twice; 2 operations each.
     load = Load(tokens=10, targets=2)
     how: dict[str, Any] = {"micro_batches": 1, "recomputed": 0}
     assert step_seconds(SIZES, load, device=slow, **how) == 2 * 500 * 10 * 3 + 2 * 4 * 50 * 2 * 2
     assert step_seconds(SIZES, load, device=slow, micro_batches=1, recomputed=4) == 2 * 500 * 10 * 4 + 1600
-    starts = Device("cpu", "cpu", 2**30, products=float("inf"), bandwidth=float("inf"), launch=1.0)
+    starts = Device("cpu", "cpu", 2**30, products=inf, bandwidth=inf, launch=1.0)
     assert step_seconds(SIZES, load, device=starts, **how) == 4 * 150
+    attends = Device("cpu", "cpu", 2**30, products=inf, bandwidth=inf, launch=0.0, attention=2.0)
+    load = Load(tokens=10, targets=2, squares=100)
+    assert step_seconds(SIZES, load, device=attends, **how) == 4 * 4 * 100 * 7 / 2
 
 
 @pytest.mark.parametrize("target", ["sizes_of", "peak", "heaviest"])

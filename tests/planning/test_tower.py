@@ -1,6 +1,7 @@
 """What images take of a run, foreseen: passes of the vision tower, its time and its memory."""
 
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,13 @@ def test_time_and_memory_grow_with_the_image(tmp_path: Path) -> None:
     tower = towers.Tower(100, 10, 8, 2, 4, per_patch=96, vector=128, learns=False)
     assert [tower.patches(image) for image in (small, large)] == [16, 32]
     assert [image.tokens for image in (small, large)] == [4, 8]
-    device = Device("cpu", "cpu", 2**30, products=1.0, bandwidth=1.0)
+    device = Device("cpu", "cpu", 2**30, products=1.0, bandwidth=1.0, launch=0.0)
     products = 2 * 100 * 16 + 2 * 10 * 4 + 4 * 2 * 4 * 16 * 16
     assert tower.seconds(small, device) == pytest.approx(products)
+    attends = replace(device, products=inf, attention=2.0)
+    assert tower.seconds(small, attends) == pytest.approx(4 * 2 * 4 * 16 * 16 / 2)
+    starts = replace(device, products=inf, launch=1.0)
+    assert tower.seconds(small, starts) == pytest.approx(2 * towers.OPERATIONS_STARTED + towers.READ, rel=1e-4)
     shown = towers.Shown(5, 1.0, 2, small, large)
     memory = tower.memory(shown, 2**30, images=3, itemsize=4, kept=2.0)
     assert (memory.kept, memory.activations) == (5 * 4 * 128, 0)

@@ -34,7 +34,7 @@ ROOMS = {
     "optim": (450, "optimizers and schedules"),
     "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_055, "several processes of one run"),
-    "planning": (2_145, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
+    "planning": (2_170, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
     "recipe": (1_960, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (
@@ -46,7 +46,7 @@ ROOMS = {
     "summaries": (655, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
     "trackers": (750, "four experiment trackers"),
     "training": (
-        6_040,
+        6_075,
         "the loop, a run around it, answers drawn and planned, teachers here and at addresses, packing",
     ),
 }

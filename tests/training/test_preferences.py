@@ -249,8 +249,8 @@ def test_the_stem_is_computed_once(tmp_path):
 
 @pytest.mark.slow
 def test_branches_that_do_not_go_on_where_the_stem_ends_would_be_seen(tmp_path, monkeypatch):
-    def laid_on(batch: Any, rows: Any) -> Any:
-        made = share_prefixes(batch, rows)
+    def laid_on(batch: Any, rows: Any, **more: Any) -> Any:
+        made = share_prefixes(batch, rows, **more)
         return replace(made, positions_BT=torch.arange(made.ids_BT.shape[1])[None])
 
     monkeypatch.setattr("tunesmith.data.collate.share_prefixes", laid_on)

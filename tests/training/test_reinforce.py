@@ -211,7 +211,7 @@ def test_a_damaged_line_of_kept_grades_costs_no_later_one(straight, tmp_path):
 def test_one_pass_and_eight_have_one_loss_and_gradient(untrained):  # trap: G11
     (groups,), _ = untrained.drawing.groups_of(untrained, [1])
     view = untrained.drawing.view(untrained, groups)
-    view = replace(view, collator=replace(view.collator, shares=False), sampler=replace(view.sampler, ids_of=None))
+    view = replace(view, collator=replace(view.collator, shares=False), sampler=replace(view.sampler, keys_of=None))
     one = replace(view, sampler=replace(view.sampler, tokens_per_pass=100_000))
     many = replace(view, sampler=replace(view.sampler, tokens_per_pass=1))
     assert len(one.sampler.step(1)) == 1

@@ -101,6 +101,8 @@ class Collator:
     """Whether trained tokens are pooled, see `Task.pools`."""
     batch_images: BatchImages | None = None
     """Makes images of rows ready for a pass; None: rows have none."""
+    image_token: int | None = None
+    """See `prefixes.prefix_keys`."""
 
     def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
         """Make the batch of rows of the store: `members` are their indices.
@@ -128,7 +130,7 @@ class Collator:
         )
         batch = replace(batch, copies_B=copies, images=self._images(all_lines))
         batch = self._with_lines(batch, rows, lines_of_rows) if rows[0].branches else batch
-        batch = share_prefixes(batch, [line.ids for line in all_lines]) if self.shares else batch
+        batch = share_prefixes(batch, all_lines, image_token=self.image_token) if self.shares else batch
         return pad_to_multiple(batch) if self.pads else batch
 
     def _images(self, rows: Sequence[Row]) -> tuple[BatchImage, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.prefixes import num_computed, prefix_groups
+from tunesmith.data.prefixes import Keys, num_computed, prefix_groups
 from tunesmith.parallel.shares import shares
 from tunesmith.types import Layout
 
@@ -59,8 +59,8 @@ class StepSampler:
     """For an encoder–decoder: tokens of each row that its decoder reads, which are padded apart from others."""
     sources_I: NDArray[np.int64] | None = None
     """Number of each row's source, where a fraction of each source is taken; None: of all rows of a weight."""
-    ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
-    """Returns the tokens of a row where shared prefixes are computed once; micro-batches are then sized by what
+    keys_of: Callable[[int], Keys] | None = field(default=None, compare=False)
+    """Returns a row's `prefix_keys` where shared prefixes are computed once; micro-batches are then sized by what
     is computed. None: rows are computed whole."""
     part: tuple[int, int] = (0, 1)
     """(rank, size): the share of a step that `step` gives, of as many as there are processes."""
@@ -107,9 +107,9 @@ class StepSampler:
             rows = [rows[at] for at in sorted(at for unit in mine for at in units[unit][1])]
         if not rows:
             return []
-        if self.ids_of is not None:
+        if self.keys_of is not None:
             return make_sharing_micro_batches(
-                rows, [self.ids_of(row) for row in rows], tokens_per_pass=self.tokens_per_pass
+                rows, [self.keys_of(row) for row in rows], tokens_per_pass=self.tokens_per_pass
             )
         return make_micro_batches(
             rows,
@@ -127,11 +127,11 @@ class StepSampler:
         for at, row in enumerate(rows):
             copies.setdefault(row, []).append(at)
         alone = [(sum(lengths[at] for at in places), places) for places in copies.values()]
-        if self.ids_of is None:
+        if self.keys_of is None:
             return alone
         firsts = [places[0] for places in copies.values()]
         units: list[tuple[int, list[int]]] = []
-        for group in prefix_groups([self.ids_of(rows[at]) for at in firsts]):
+        for group in prefix_groups([self.keys_of(rows[at]) for at in firsts]):
             members = [alone[i] for i in group.members]
             tokens = sum(cost for cost, _ in members)
             places = [at for _, member_places in members for at in member_places]
@@ -142,8 +142,8 @@ class StepSampler:
 
     def computed(self, rows: MicroBatch) -> int:
         """Positions that a micro-batch of these rows computes, padding included."""
-        if self.ids_of is not None:
-            return num_computed([self.ids_of(row) for row in rows])
+        if self.keys_of is not None:
+            return num_computed([self.keys_of(row) for row in rows])
         sides_BS = self._sides_of(rows)
         return int(sides_BS.sum()) if self.layout == "packed" else len(rows) * int(sides_BS.max(0).sum())
 
@@ -213,19 +213,18 @@ def copies_in(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
     return [tuple(map(number, rows)) for rows in batches]
 
 
-def make_sharing_micro_batches(
-    rows: Sequence[int], ids: Sequence[NDArray[np.int32]], *, tokens_per_pass: int
-) -> list[MicroBatch]:
+def make_sharing_micro_batches(rows: Sequence[int], keys: Sequence[Keys], *, tokens_per_pass: int) -> list[MicroBatch]:
     """Group packed rows into micro-batches of at most `tokens_per_pass` computed tokens, with shared prefixes
     computed once; a longer row goes alone. A function of the rows, whatever their order.
 
-    Rows with one prefix stay together as far as they fit; groups are packed as `make_micro_batches` packs rows.
+    `keys`: of each row, see `prefix_keys`. Rows with one prefix stay together as far as they fit; groups are packed as
+    `make_micro_batches` packs rows.
     """
-    order = sorted(range(len(rows)), key=lambda i: (-len(ids[i]), rows[i], i))
-    lengths = [len(ids[i]) for i in order]
+    order = sorted(range(len(rows)), key=lambda i: (-len(keys[i]), rows[i], i))
+    lengths = [len(keys[i]) for i in order]
     units: list[tuple[int, list[int]]] = []
     """(tokens, indices into `order`)."""
-    for group in prefix_groups([ids[i] for i in order]):
+    for group in prefix_groups([keys[i] for i in order]):
         computed, read, unit = group.stop, 0, list[int]()
         for member in group.members:
             more = computed + lengths[member] - group.stop, read + lengths[member]

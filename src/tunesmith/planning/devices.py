@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from tunesmith.environment import for_child, python_words, resident_bytes
 from tunesmith.errors import InputError
@@ -41,6 +42,9 @@ CPU_MOVING = 0.65
 """Share of a large copy's speed that the small operations of a step reach on a processor."""
 CPU_PRODUCT, CUDA_PRODUCT = (1024, 1024, 2048), (8192, 4096, 4096)
 """Rows, inner size and columns of the product that is timed. On a card a small one takes its launch."""
+CPU_ATTENTION, ATTENTION_S = (4, 1024, 64), 0.03
+"""Heads, tokens and head size of the causal attention that is timed, and seconds of it. On a card it is as fast as
+products; on a processor softmax takes most of it, in either precision."""
 CPU_COPIED, CUDA_COPIED = 64 * 2**20, 512 * 2**20
 """Bytes of the copy that is timed."""
 BUSY_S = 0.2
@@ -74,6 +78,12 @@ class Device:
     """Memory of a card here that others hold, in words."""
     memory: int = 0
     """Bytes of all its memory, by which the loss is cut into pieces, see `fused_loss`; 0: `room`."""
+    attention: float = 0.0
+    """Floating-point operations a second in attention, as reached; 0: those of `products`."""
+
+    def seconds(self, products: float, attention: float) -> float:
+        """Seconds of so many operations in products and in attention."""
+        return products / self.products + attention / (self.attention or self.products)
 
 
 _CARDS: dict[str, tuple[int, float, float]] = {
@@ -131,7 +141,7 @@ def link(device: Device) -> float:
 
 
 def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
-    """This machine. Its speed is measured for a fifth of a second."""
+    """This machine. Its speed is measured for a quarter of a second."""
     kind = torch.device(device).type
     if kind == "cpu" and dtype == torch.float16:  # a product of that would take seconds
         dtype = torch.float32
@@ -142,7 +152,10 @@ def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     if kind != "cpu":
         memory = int(torch.cuda.mem_get_info(device)[1]) if kind == "cuda" else sys.maxsize
         return Device(device, kind, room(device), products, copied, memory=memory, in_use=others)
-    return Device(device, kind, room(device), products, CPU_MOVING * copied, CPU_LAUNCH, busy=busy, in_use=others)
+    moved, attention = CPU_MOVING * copied, _attention(threads=threads, dtype=dtype)
+    return Device(
+        device, kind, room(device), products, moved, CPU_LAUNCH, busy=busy, in_use=others, attention=attention
+    )
 
 
 def busy_share() -> float:
@@ -200,6 +213,20 @@ def _measured(device: str, *, threads: int, dtype: torch.dtype) -> tuple[float, 
         other = torch.zeros_like(large)
         products = 2 * rows * inner * columns / _fastest(lambda: a @ b, device)
         return products, 2 * large.nbytes / _fastest(lambda: other.copy_(large), device)
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def _attention(*, threads: int, dtype: torch.dtype) -> float:
+    """Operations a second in the attention of a processor, forward; half of its products are left out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    heads, tokens, size = CPU_ATTENTION
+    q_1HTD = torch.ones((1, heads, tokens, size), dtype=dtype)
+    try:
+        attend = partial(scaled_dot_product_attention, q_1HTD, q_1HTD, q_1HTD, is_causal=True)
+        return 2 * heads * size * tokens**2 / _fastest(attend, "cpu", seconds=ATTENTION_S)
     finally:
         torch.set_num_threads(before)
 

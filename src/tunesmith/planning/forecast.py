@@ -1,8 +1,8 @@
 """Estimate the needs of a run before its model is loaded, by formula: memory (`memory`), time, disk.
 
 Time is a list of kinds of work, each with a count and a price in seconds. A probe measures the prices and keeps
-the counts. The price of a micro-batch = operations / operations a second + bytes moved / bytes a second +
-launches.
+the counts. The price of a micro-batch = operations / operations a second, in products and in attention, + bytes
+moved / bytes a second + launches.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ class Forecaster:
 
 def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_filled: bool = False) -> Heavy:
     """The micro-batch of most tokens and targets, on any device, among those that will really occur."""
-    most = MOST_STEPS_TRIED if sampler.ids_of is None else MOST_SHARING_STEPS
+    most = MOST_STEPS_TRIED if sampler.keys_of is None else MOST_SHARING_STEPS
     targets_I, size = targets_of(store), sampler.part[1]
     devices = [replace(sampler, part=(rank, size)) for rank in range(size)]  # each caches the order of an epoch
     candidates: list[Heavy] = []
@@ -467,9 +467,9 @@ def pass_seconds(sizes: Sizes, load: Load, device: Device, *, recomputed: int = 
     operations = 2 * sizes.linear_weights * load.tokens * times
     operations += 2 * sizes.hidden * sizes.outputs * load.targets * (1 + trains * (1 + sizes.trains_output))
     # Of attention two products forward and five backward (Dao et al. 2022, appendix B.2), half if causal.
-    operations += sizes.layers * sizes.hidden * load.squares * (2 + trains * (5 + 2 * again))
+    attention = sizes.layers * sizes.hidden * load.squares * (2 + trains * (5 + 2 * again))
     moved = MOVED * (1 + again / 3 if trains else 1 / 3) * sizes.itemsize * sizes.features * load.tokens
-    return operations / device.products + moved / device.bandwidth
+    return device.seconds(operations, attention) + moved / device.bandwidth
 
 
 def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: int, device: Device) -> float:

@@ -27,8 +27,11 @@ MOST_SIZES = 8
 """Sizes of images that are prepared to be measured, from the smallest to the largest."""
 LOOKED_AT = 256
 """Images whose sizes are looked at, evenly taken."""
-PREPARED = 15e-9
-"""Seconds to decode, resize and normalize a number of an image's pixels with Pillow, on a core."""
+PREPARED, READ = 15e-9, 1e-3
+"""Seconds to decode, resize and normalize a number of an image's pixels with Pillow, on a core, and to find and open
+the image."""
+OPERATIONS_STARTED = 40
+"""Operations that a layer starts in a pass without gradient."""
 THERE_AND_BACK = 3
 """Times the work of a pass that it takes with its way back."""
 AT_WORK = 0.7
@@ -118,8 +121,11 @@ class Tower:
         """Seconds of a pass of one image, prepared before it. Source of the products: see `forecast.pass_seconds`."""
         patches = self.patches(image)
         products = 2 * self.weights * patches + 2 * self.projector * image.tokens
-        products += 4 * self.layers * self.hidden * patches * patches // image.tiles
-        return products / device.products + PREPARED * image.numbers
+        attention = 4 * self.layers * self.hidden * patches * patches / image.tiles
+        seconds = device.seconds(products, attention)
+        launches = self.layers * OPERATIONS_STARTED * device.launch
+        both = seconds + launches if device.kind == "cpu" else max(seconds, launches)  # see `forecast.step_seconds`
+        return both + PREPARED * image.numbers + READ
 
     def needed(self, shown: Shown) -> int:
         """Bytes of the vectors of all images."""

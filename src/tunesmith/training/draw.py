@@ -346,7 +346,7 @@ def over_answers(state: TrainState, store: AnswerStore, *, shares: bool) -> Trai
         tokens_per_pass=state.sampler.tokens_per_pass,
         layout=state.sampler.layout,
         seed=state.sampler.seed,
-        ids_of=(lambda row: store.row(row).ids) if shares else None,
+        keys_of=(lambda row: store.row(row).ids) if shares else None,
         pass_cost=state.sampler.pass_cost,
         part=state.sampler.part,
     )

@@ -52,7 +52,7 @@ from tunesmith.training.image_parts import decide_seeing, forecast_notes
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import as_answers, streams_of
 from tunesmith.training.served_teacher import ServedTeacher, notes_on_asking
-from tunesmith.training.shared_prefixes import decide_sharing, filled_by
+from tunesmith.training.shared_prefixes import decide_sharing, filled_by, image_token_of
 from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 
 LARGE_CHECKPOINT = 256 * 2**20
@@ -224,7 +224,8 @@ def _steps_of(
     if recipe.distil.on_policy:  # whose answers share nothing
         return sampler
     choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
-    return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
+    shares = choice is not None and bool(choice.value)
+    return filled_by(sampler, rows.store, image_token_of(inputs, rows.store)) if shares else sampler
 
 
 def _forecast(

@@ -57,7 +57,7 @@ from tunesmith.training.image_parts import seeing_notes
 from tunesmith.training.inputs import Inputs
 from tunesmith.training.packed_rows import PACKED, packed_agrees
 from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
-from tunesmith.training.shared_prefixes import decide_sharing, filled_by
+from tunesmith.training.shared_prefixes import decide_sharing, filled_by, image_token_of
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.training.taught_answers import taught_by
 from tunesmith.training.teacher import AnyTeacher
@@ -209,7 +209,7 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     on_progress("load", 1, 1)
     sampler = replace(sampler_of(recipe, rows, layout, device), part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing_choices = collators(recipe, inputs, rows, model, sampler, device=device)
-    sampler = filled_by(sampler, rows.store) if collator.shares else sampler
+    sampler = filled_by(sampler, rows.store, collator.image_token) if collator.shares else sampler
     drawing = _drawing(plan, attachment, output, shares=collator.shares)
     teacher, distilling = taught_by(plan, model, output, world)
     samples, prompt_notes = _samples(recipe.evaluation, inputs, rows)
@@ -481,6 +481,7 @@ def collators(
             shares=shares,
             pools=TASKS[resolved(recipe.task)].pools,
             batch_images=inputs.renderer.batch_images,
+            image_token=image_token_of(inputs, store),
             pads=pads_to_multiple(layout, device=torch.device(device).type, precision=resolved(recipe.precision)),
         )
 

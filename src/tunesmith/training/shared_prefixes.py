@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import build_batch
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.prefixes import share_prefixes, stretches
+from tunesmith.data.image_store import ImageTable
+from tunesmith.data.prefixes import prefix_keys, share_prefixes, stretches
 from tunesmith.data.sampler import StepSampler
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS
@@ -26,7 +27,8 @@ from tunesmith.recipe.methods import MethodOptions
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS
 from tunesmith.training.inputs import Inputs
-from tunesmith.types import LEAST_PREFIX, Batch, Choice, Row
+from tunesmith.training.packed_rows import MOST_PROBED
+from tunesmith.types import LEAST_PREFIX, Batch, BatchImage, Choice, Row
 
 LEAST_SAVED = 0.05
 """Share of the tokens that has to be saved: each shared prefix is one more piece of a micro-batch."""
@@ -45,16 +47,16 @@ class CommonPrefixes:
     """Some rows with a common prefix."""
 
 
-def shared_prefixes(sampler: StepSampler, store: RowStore) -> CommonPrefixes:
+def shared_prefixes(sampler: StepSampler, store: RowStore, image_token: int | None) -> CommonPrefixes:
     """Tokens shared by rows of the first steps, whoever computes them: a function of the sampler alone."""
-    sampler = filled_by(replace(sampler, part=(0, 1)), store)
+    sampler = filled_by(replace(sampler, part=(0, 1)), store, image_token)
     tokens, computed = 0, 0
     probe: tuple[Row, ...] = ()
     for step in range(1, min(PROBE_STEPS, sampler.steps_per_epoch) + 1):
         for members in sampler.step(step):
             rows = [line for i in members for line in lines_of(store.row(i))]
             tokens += sum(len(row.ids) for row in rows)
-            for stretch in stretches([row.ids for row in rows]):
+            for stretch in stretches([prefix_keys(row, image_token) for row in rows]):
                 computed += stretch.stop - stretch.start
                 if len(stretch.members) > 1 and not probe:
                     probe = tuple(rows[i] for i in stretch.members[:PROBE_ROWS])
@@ -76,17 +78,19 @@ def decide_sharing(
     recipe: Recipe, inputs: Inputs, store: RowStore, model: PreTrainedModel, sampler: StepSampler
 ) -> Choice | None:
     """Whether shared prefixes are computed once; None where they cannot be: only in packed batches of a causal
-    model without token types, and without images. A model with weights must answer and learn the same too."""
+    model without token types. A model with weights must answer and learn the same too."""
     if (
         inputs.kind != "causal"
         or inputs.head == "vector"
         or sampler.layout != "packed"
         or has_token_types(model, inputs.renderer.tokenizer)
-        or store.images is not None  # ids alone make every image alike
     ):
         return None
-    samples = TASKS[resolved(recipe.task)].samples
-    shared = _of_answers(sampler, store, recipe.reinforce.samples) if samples else shared_prefixes(sampler, store)
+    samples, image_token = TASKS[resolved(recipe.task)].samples, image_token_of(inputs, store)
+    if samples:
+        shared = _of_answers(sampler, store, recipe.reinforce.samples)
+    else:
+        shared = shared_prefixes(sampler, store, image_token)
     if shared.saved < LEAST_SAVED:
         return Choice(
             KEY, False, f"beginnings that rows of a step share are only {percent(shared.saved, 0)} of their tokens"
@@ -99,16 +103,30 @@ def decide_sharing(
         problem = "kernels: plain leaves them"
     elif not TASKS[resolved(recipe.task)].compares and not samples and (random := random_option(model, recipe.method)):
         problem = f"{random} draws anew for each row"
-    elif model.device.type != "meta" and (difference := disagreement(model, shared.probe)):
-        problem = f"the model then {difference}"
+    elif store.images is not None and hasattr(model.base_model, "get_rope_index"):
+        problem = "this model counts positions by the images of whole rows"
+    elif model.device.type != "meta":
+        images = () if store.images is None else _images_of(shared.probe, inputs, store.images)
+        if difference := disagreement(model, shared.probe, images, image_token):
+            problem = f"the model then {difference}"
     if problem:
         return Choice(KEY, False, f"{what} could be computed once, but {problem}")
     return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")
 
 
-def filled_by(sampler: StepSampler, store: RowStore) -> StepSampler:
+def image_token_of(inputs: Inputs, store: RowStore) -> int | None:
+    """The token in the places of images; None: no row has one."""
+    placeholders = inputs.renderer.placeholders
+    return None if store.images is None or placeholders is None else placeholders.token_id
+
+
+def _images_of(rows: Sequence[Row], inputs: Inputs, table: ImageTable) -> tuple[BatchImage, ...]:
+    return inputs.renderer.batch_images([[table[number] for number in row.images] for row in rows])
+
+
+def filled_by(sampler: StepSampler, store: RowStore, image_token: int | None) -> StepSampler:
     """The steps again, in micro-batches filled by what is computed where prefixes are shared."""
-    return replace(sampler, ids_of=lambda index: store.row(index).ids)
+    return replace(sampler, keys_of=lambda index: prefix_keys(store.row(index), image_token))
 
 
 def random_option(model: nn.Module, method: MethodOptions) -> str | None:
@@ -122,12 +140,21 @@ def random_option(model: nn.Module, method: MethodOptions) -> str | None:
     return None
 
 
-def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
-    """Name the difference if these rows' prefix is shared: hidden states, or its gradient; None: nothing."""
+def disagreement(
+    model: PreTrainedModel, rows: Sequence[Row], images: tuple[BatchImage, ...] = (), image_token: int | None = None
+) -> str | None:
+    """Name the difference if these rows' prefix is shared: hidden states, or its gradient; None: nothing.
+
+    `images`: of the rows, which are read whole then.
+    """
+    most = MOST_PROBED if images else PROBE_TOKENS
+    if images and (longest := max(len(row.ids) for row in rows)) > most:
+        return f"cannot be tried on rows of {longest:,} tokens with images"
     # With every token as a target.
-    rows = [Row(ids := row.ids[:PROBE_TOKENS], np.ones(len(ids), np.bool_), row.source) for row in rows]
+    rows = [Row(ids := row.ids[:most], np.ones(len(ids), np.bool_), row.source, images=row.images) for row in rows]
     plain = build_batch(rows, range(len(rows)), layout="packed", device=model.device)
-    shared = share_prefixes(plain, [row.ids for row in rows])
+    plain = replace(plain, images=images)
+    shared = share_prefixes(plain, rows, image_token=image_token)
     prefix = shared.pieces[0].tokens
     with eval_mode(model), torch.enable_grad():
         hidden, grad = _answer(model, plain, prefix)
