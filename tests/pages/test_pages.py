@@ -336,6 +336,12 @@ def test_a_removed_run_is_not_listed_as_one_that_did_not_start(tmp_path: Path) -
     assert site_in(tmp_path).run_list.page()["working"] == []
 
 
+def test_marks_of_steps_are_whole() -> None:
+    columns = {"step": [1, 2, 3], "mean": [3.0, 2.0, 1.0], "low": [3.0, 2.0, 1.0], "high": [3.0, 2.0, 1.0]}
+    drawn = pictures.curve({"training": columns, "held_out": [], "steps": 3, "width": 1, "aim": "loss"})
+    assert re.findall(r'text-anchor="middle">([^<]+)<', drawn) == ["0", "1", "2", "3"]
+
+
 def test_every_held_out_loss_is_in_the_picture() -> None:
     steps = list(range(1, 401))
     losses = [1 + 1 / step for step in steps]

@@ -97,8 +97,8 @@ def _axes(scale: _Scale) -> str:
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:g}</text>')
     for step in ticks(0, scale.last, most=6):
-        text = f"{step:,.0f}"
-        parts.append(f'<text x="{scale.x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{text}</text>')
+        if step == round(step):  # between few steps there are marks of parts of one
+            parts.append(f'<text x="{scale.x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:,.0f}</text>')
     return "".join(parts)
 
 

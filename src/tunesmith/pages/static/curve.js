@@ -3,6 +3,8 @@
 import {failure} from "./page.js";
 
 const POINTS = 1200;
+/** Distances between the marks of the axis of steps: whole ones. */
+const WHOLE = [0, 1, 2, 3, 4, 5, 6].flatMap(power => [1, 2, 5].map(number => number * 10 ** power));
 
 /** @param {HTMLElement} figure */
 function island(figure) {
@@ -51,7 +53,7 @@ function island(figure) {
       width, height, legend: {show: false}, padding: [10, 12, 0, 0],
       cursor: {drag: {x: true, y: false}, points: {size: 7}},
       scales: {x: {time: false, range: (_, low, high) => window_ ?? [0, Math.max(values.steps, high || 1)]}, y: {range: bounds}},
-      axes: [{...axis, grid: {show: false}}, {...axis, size: 52}],
+      axes: [{...axis, grid: {show: false}, incrs: WHOLE}, {...axis, size: 52}],
       bands: [{series: [2, 1], fill: () => colour("--band")}],
       series: [
         {},
