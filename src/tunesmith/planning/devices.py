@@ -79,10 +79,10 @@ class Device:
     memory: int = 0
     """Bytes of all its memory, by which the loss is cut into pieces, see `fused_loss`; 0: `room`."""
     attention: float = 0.0
-    """Floating-point operations a second in attention, as reached; 0: those of `products`."""
+    """Floating-point operations a second in attention, as reached; 0: as many as in `products`."""
 
     def seconds(self, products: float, attention: float) -> float:
-        """Seconds of so many operations in products and in attention."""
+        """Seconds that operations in products and in attention take."""
         return products / self.products + attention / (self.attention or self.products)
 
 
