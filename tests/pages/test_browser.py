@@ -227,10 +227,9 @@ def test_colours_of_the_system_less_motion_and_paper(opened: Callable[..., Any],
     page = opened(url, site.access.new_link(), color_scheme="dark", reduced_motion="reduce")
     page.goto(f"{url}/ui/runs/killed-0003")
     page.locator("#curve canvas").wait_for()
-    page.evaluate("document.querySelector('h1').className = 'spin'")
-    assert page.evaluate("getComputedStyle(document.querySelector('.spin')).animationName") == "none"
+    assert page.evaluate(SPINNING) == "none"
     page.emulate_media(reduced_motion="no-preference")
-    assert page.evaluate("getComputedStyle(document.querySelector('.spin')).animationName") == "turn"
+    assert page.evaluate(SPINNING) == "turn"
     page.emulate_media(forced_colors="active")
     colours = {name: page.evaluate(COLOUR, name) for name in ("--ink", "--paper", "--accent", "--band")}
     assert colours == {"--ink": "CanvasText", "--paper": "Canvas", "--accent": "LinkText", "--band": "transparent"}
@@ -246,6 +245,11 @@ READ = (
     ("new", "#plan"), ("chat?run=done-0001", "noscript, .note"),
 )  # fmt: skip
 """Pages, and what is on each that somebody came for."""
+SPINNING = """() => {
+    const title = document.querySelector("h1"); // what is refreshed in between loses the class
+    title.className = "spin";
+    return getComputedStyle(title).animationName;
+}"""
 COLOUR = "name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()"
 COMPARED = "compare?run=done-0001&run=killed-0003"
 

@@ -125,8 +125,8 @@ def alike_planted(folder: Path) -> Any:
     """Each rank decides by its own part of the steps."""
     right = shared_prefixes.shared_prefixes
 
-    def own(plan: StepSampler, store: Any) -> Any:
-        return replace(right(plan, store), saved=0.0) if plan.part[0] else right(plan, store)
+    def own(plan: StepSampler, *rows: Any) -> Any:
+        return replace(right(plan, *rows), saved=0.0) if plan.part[0] else right(plan, *rows)
 
     with patch.object(shared_prefixes, "shared_prefixes", own):
         return alike(folder)

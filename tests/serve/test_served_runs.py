@@ -158,19 +158,6 @@ def test_a_run_is_resumed_the_day_after_as_if_nothing_had_happened(clock: Clock,
     assert weights[0] == weights[1]
 
 
-def test_a_run_of_an_earlier_version_has_the_day_it_was_made(clock: Clock, tmp_path: Path) -> None:
-    run = trained(dated_recipe(tmp_path, "SmolLM3"), tmp_path)
-    recipe = run.recipe_path.read_text("utf-8")
-    run.recipe_path.write_text("".join(line for line in recipe.splitlines(True) if "date:" not in line), "utf-8")
-    facts = json.loads((run.path / "run.json").read_text("utf-8"))
-    facts["created"] = datetime.datetime.fromisoformat(f"{DAY} 12:00").timestamp()
-    (run.path / "run.json").write_text(json.dumps(facts), "utf-8")
-    clock.turn_to(NEXT_DAY)
-    notes: list[str] = []
-    served(run, notes)
-    assert f"{run.path}: its chat template writes the date: {DAY}, as in training" in notes
-
-
 def test_a_template_without_a_date_has_none(tmp_path: Path) -> None:
     run = trained(tiny_recipe(tmp_path, train={"max_steps": 1}, evaluation={"samples": 0}), tmp_path)
     assert run.recipe().data.date is None

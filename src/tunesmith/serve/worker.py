@@ -171,7 +171,7 @@ class Worker:
         served = self._registry.models.get(model)
         if isinstance(served, Embedder):
             return served.embed(texts, done, **how)
-        if isinstance(served, ServedModel):
+        if isinstance(served, ServedModel) and how:
             return served.score(texts, done, **how)
         return self._registry.find(model, Classifier).classify(texts, done)
 
