@@ -10,16 +10,20 @@ from tunesmith.training import taught_answers, teacher
 from tunesmith.training.trainer import train
 
 
-def recipe_of(folder: Path, *, on_policy: bool) -> Recipe:
-    """Steps of three rows, so that two ranks have unlike shares."""
-    distil = {"teacher": str(model_folder(folder / "teacher", seed=5)), "top": 16, "on_policy": on_policy}
-    distil |= {"max_new_tokens": 6} if on_policy else {}
+def recipe_of(folder: Path, name: str) -> Recipe:
+    """Steps of three rows, so that two ranks have unlike shares. At an address the teacher is the server whose
+    address is in the folder."""
+    teacher = str(model_folder(folder / "teacher", seed=5))
+    distil: dict[str, Any] = {"teacher": teacher, "top": 16}
+    distil |= {} if name == "off_policy" else {"on_policy": True, "max_new_tokens": 6}
+    if name == "at_address":
+        distil |= {"teacher": (folder / "address").read_text(), "model": "large"}
     evaluation = {"samples": 0, "general": False, "surprising": 0}
     settings: dict[str, Any] = {"method": "full", "optim": {"lr": 3e-3}, "train": {"max_steps": 4}}
     return tiny_recipe(folder, task="distil", distil=distil, evaluation=evaluation, **settings)
 
 
-def _run(folder: Path, name: str, *, on_policy: bool) -> dict[str, Any]:
+def _run(folder: Path, name: str, out: str = "") -> dict[str, Any]:
     """How often this rank has loaded the teacher, and had rows read."""
     loads, reads = list[str](), list[int]()
     load, lists = teacher.load_teacher, teacher.Teacher.lists
@@ -33,16 +37,20 @@ def _run(folder: Path, name: str, *, on_policy: bool) -> dict[str, Any]:
         return lists(self, rows)
 
     with patch.object(taught_answers, "load_teacher", loaded), patch.object(teacher.Teacher, "lists", read):
-        train(recipe_of(folder, on_policy=on_policy), root=folder / f"root-{name}", out=folder / name)
+        train(recipe_of(folder, name), root=folder / f"root-{out or name}", out=folder / (out or name))
     return {"loads": len(loads), "reads": reads}
 
 
 def off_policy(folder: Path) -> Any:
-    return _run(folder, "off_policy", on_policy=False)
+    return _run(folder, "off_policy")
 
 
 def on_policy(folder: Path) -> Any:
-    return _run(folder, "on_policy", on_policy=True)
+    return _run(folder, "on_policy")
+
+
+def at_address(folder: Path) -> Any:
+    return _run(folder, "at_address")
 
 
 def swapped_planted(folder: Path) -> Any:
@@ -53,4 +61,4 @@ def swapped_planted(folder: Path) -> Any:
         return [gathered(world, mine, num)[at] for at in [*range(0, num, 2), *range(1, num, 2)]]
 
     with patch.object(taught_answers, "all_answers", one_behind_the_other):
-        return _run(folder, "swapped", on_policy=True)
+        return _run(folder, "on_policy", "swapped")

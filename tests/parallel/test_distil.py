@@ -8,10 +8,12 @@ import torch
 
 from parallel.distil_scenarios import recipe_of
 from parallel.group import start
+from scoring import scoring
 from tiny_run import last_tensors
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 
+NAMES = ("off_policy", "on_policy")
 EXACT = ("rows", "targets", "ended", "answer_tokens", "longest_answer")
 NEAR = ("loss", "surprise", "grad_norm")
 
@@ -19,17 +21,17 @@ NEAR = ("loss", "surprise", "grad_norm")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("taught")
-    recipe_of(made, on_policy=True)
+    recipe_of(made, "on_policy")
     return made
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return start(folder, "off_policy", "on_policy", module="parallel.distil_scenarios")
+    return start(folder, *NAMES, module="parallel.distil_scenarios")
 
 
-def assert_run_of_one(folder: Path, run: Run, *, on_policy: bool) -> None:
-    alone = train(recipe_of(folder, on_policy=on_policy), root=folder / "alone")
+def assert_run_of_one(folder: Path, run: Run, name: str) -> None:
+    alone = train(recipe_of(folder, name), root=folder / "alone")
     ours, theirs = ([e for e in each.events() if e.kind in ("step", "evaluation")] for each in (run, alone))
     assert [event.step for event in ours] == [event.step for event in theirs]
     for mine, other in zip(ours, theirs, strict=True):
@@ -42,10 +44,10 @@ def assert_run_of_one(folder: Path, run: Run, *, on_policy: bool) -> None:
     assert all(torch.allclose(of_two[name], tensor, atol=2e-3) for name, tensor in last_tensors(alone).items())
 
 
-@pytest.mark.parametrize("name", ["off_policy", "on_policy"])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_learn_as_one(ranks: list[dict[str, Any]], folder: Path, name: str) -> None:
     assert "error" not in ranks[0][name], ranks[0]
-    assert_run_of_one(folder, Run(folder / name), on_policy=name == "on_policy")
+    assert_run_of_one(folder, Run(folder / name), name)
 
 
 def test_rows_are_read_by_the_first_rank_alone(ranks: list[dict[str, Any]]) -> None:
@@ -56,7 +58,16 @@ def test_rows_are_read_by_the_first_rank_alone(ranks: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.slow
+def test_two_processes_ask_a_teacher_at_an_address_as_one(folder: Path) -> None:
+    with scoring(folder / "teacher") as server:
+        (folder / "address").write_text(server.address)
+        [first, _] = start(folder, "at_address", module="parallel.distil_scenarios")
+        assert "error" not in first["at_address"], first
+        assert_run_of_one(folder, Run(folder / "at_address"), "at_address")
+
+
+@pytest.mark.slow
 def test_answers_that_are_given_to_other_prompts_are_seen(folder: Path) -> None:
     start(folder, "swapped_planted", module="parallel.distil_scenarios")
     with pytest.raises((AssertionError, FileNotFoundError)):
-        assert_run_of_one(folder, Run(folder / "swapped"), on_policy=True)
+        assert_run_of_one(folder, Run(folder / "swapped"), "on_policy")

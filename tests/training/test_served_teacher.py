@@ -258,16 +258,18 @@ def test_what_was_answered_is_not_asked_again(server: ScoringServer, tmp_path: P
     with pytest.raises(TeacherError):
         list(teacher.lists(rows))
     lines = file.read_bytes().splitlines(keepends=True)
-    assert 0 < len(lines) < 6
-    file.write_bytes(b"".join(lines) + lines[0][:40])  # killed within a line
+    assert 1 < len(lines) < 6
+    damaged, torn = b"\0" * 20 + b"\n", lines[0][:40]
+    file.write_bytes(b"".join([damaged, *lines[1:], torn]))
     server.spoiled = lambda ids, entries: entries
     server.asked.clear()
     teacher.replies = KeptReplies(file, columns(TOP))
     after = dict(teacher.lists(rows))
-    assert len(server.asked) == 6 - len(lines)
+    assert len(server.asked) == 6 - len(lines) + 1, "a damaged line does not count"
     assert all((before[i] == after[i]).all() for i in range(6))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_left_by_its_teacher_goes_on(place: Path, tmp_path: Path, whole: tuple[Run, Any]) -> None:
     recipe, root = taught(tmp_path, whole[1].address), tmp_path / "runs"
     server = whole[1]
@@ -321,6 +323,11 @@ def test_on_policy_it_is_asked_of_drawn_tokens_alone(server: ScoringServer, tmp_
     assert first["answer_tokens"] == 6, "none has ended, so the last six tokens of each are the drawn ones"
     # the mean of log μ − log π_T is an estimate of the reverse divergence
     assert first["loss"] == pytest.approx(-first["surprise"] - np.mean(teacher_says), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_on_policy_a_run_that_goes_on_is_one_that_never_stopped(server: ScoringServer, tmp_path: Path) -> None:
+    run = train(taught(tmp_path, server.address, on_policy=True), root=tmp_path / "runs")
     half = stopped(run.recipe(), tmp_path / "stopped", 4)
     same_run(resume(half), run)
 
