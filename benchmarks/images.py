@@ -61,7 +61,10 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         if found is None:
             return 1
         done.append((Path(model).name, found))
-    lines, agree = compared(done) if options.beside else (list(costs(done) if options.cost else foreseen(done)), True)
+    if options.beside:
+        lines, agree = compared(done)
+    else:
+        lines, agree = list(costs(done) if options.cost else foreseen(done)), True
     print("\n".join(lines))
     peer = {"TRL": done[0][1]["trl"]["versions"]} if options.beside else {}
     print(json.dumps({"machine": machine(), "ours": versions(), **peer}))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.__main__ import main
-from benchmarks.images import compared, costs
+from benchmarks.images import compared, costs, foreseen
 from benchmarks.measured import ROOT
 
 from tiny_vision import questions, vision_folder
@@ -41,3 +41,9 @@ def test_the_first_epoch_and_later_ones_are_told_apart():
     turn = {"seconds": [9.0, 7.0, 2.0, 2.0, 2.0], "steps_per_epoch": 2, "peak_bytes": 2**30, "losses": [1.0, 0.5]}
     lines = list(costs([("photos", {"kept": [turn, turn], "anew": [turn]})]))
     assert lines[2] == "| photos | kept | 8.00 8.00 | 2.00 2.00 | 1.00 1.00 | 0.500000 |"
+
+
+def test_what_was_foreseen_wrongly_is_a_share_of_what_was_measured():
+    found = {"foreseen": {"step": {"measured": 2.0, "formula": 1.5, "probe": 2.2}}}
+    lines = list(foreseen([("photos", found)]))
+    assert lines[2:] == ["| photos | a step | 2 | 1.5 | -25 % | 2.2 | +10 % |"]

@@ -27,10 +27,10 @@ MOST_SIZES = 8
 """Sizes of images that are prepared to be measured, from the smallest to the largest."""
 LOOKED_AT = 256
 """Images whose sizes are looked at, evenly taken."""
-PREPARED, READ = 15e-9, 1e-3
+PREPARED, READ = 15e-9, 8e-4
 """Seconds to decode, resize and normalize a number of an image's pixels with Pillow, on a core, and to find and open
 the image."""
-OPERATIONS_STARTED = 40
+OPERATIONS_STARTED = 15
 """Operations that a layer starts in a pass without gradient."""
 THERE_AND_BACK = 3
 """Times the work of a pass that it takes with its way back."""
