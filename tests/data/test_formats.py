@@ -87,6 +87,13 @@ def test_prompts_keep_all_of_their_row_and_are_never_detected():
     assert [problem.code for problem in problems("prompts", {"prompt": "  "})] == ["empty_prompt"]
 
 
+def test_prompts_alone_have_a_way_to_the_task_that_learns_from_them():
+    for row in ({"prompt": "Hi"}, {"prompt": "Hi", "reference": "Ho"}):
+        (problem,) = problems("prompt_completion", row)
+        assert (problem.code, problem.message) == ("missing_field", "completion is missing.")
+        assert problem.fix.endswith("Prompts without answers are for --task reinforce, with a --grader.")
+
+
 def test_text_is_not_touched():
     text = "  \ufeffa\r\n\u2028é e\u0301\t "
     assert parsed("messages", {"messages": [USER, {"role": "assistant", "content": text}]}).parts[1].text == text

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tiny_run import model_folder, same_run, stopped, tiny_recipe
-from tunesmith.errors import DoesNotFitError, RecipeError, RunError
+from tunesmith.cli.options import build_recipe
+from tunesmith.errors import DoesNotFitError, ModelError, RecipeError, RunError
 from tunesmith.inference.load import load_any
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.recipe.origin import moved_to
@@ -205,6 +206,17 @@ def test_what_cannot_be_taught_is_refused(tmp_path, distil, more, words):
     recipe = taught(tmp_path, distil=distil, **more)
     with pytest.raises(RecipeError, match=words):
         resolve_run(recipe, root=tmp_path / "runs")
+
+
+def test_a_teacher_that_is_not_there_or_is_the_model_itself_is_named(tmp_path):
+    recipe = taught(tmp_path)
+    plan = resolve_run(taught(tmp_path, teacher=Path(recipe.model)), root=tmp_path / "runs")
+    assert [note for note in plan.notes if "it is the model that learns" in note]
+    with pytest.raises(ModelError, match=r"^distil\.teacher: "):
+        resolve_run(taught(tmp_path, teacher=tmp_path / "none"), root=tmp_path / "runs")
+    typed = {"words": {"task": "distil", "distil.teacher": "./none"}, "settings": None, "root": tmp_path / "runs"}
+    with pytest.raises(ModelError, match=r"^distil\.teacher: \./none"):
+        build_recipe("train", recipe.model, [recipe.data.train[0].path], held_out=None, recipe=None, **typed)
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):

@@ -210,6 +210,11 @@ def build_recipe(
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
     refuse_unreadable(paths, built.data.reading)
     refuse_missing(built.model, root)
+    if built.distil.teacher is not None and not built.distil.is_served:
+        try:
+            refuse_missing(built.distil.teacher, root)
+        except ModelError as error:
+            raise ModelError(f"distil.teacher: {error}") from None
     refuse_lacking(built.method.name, built.export.to)
     return built
 

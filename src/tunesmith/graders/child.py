@@ -162,8 +162,8 @@ def _own_files(file: str) -> dict[str, str]:
     others = {place for place in (*installed, PACKAGE) if place != folder and place not in folder.parents}
     paths = {Path(at) for module in list(sys.modules.values()) if (at := getattr(module, "__file__", None))}
     files = {path: set(path.resolve().parents) for path in sorted(paths) if path.is_file()}
-    own = [path for path, parents in files.items() if folder in parents and not parents & others]
-    return {str(path.relative_to(folder)): _sha256(path) for path in own}
+    of_grader = [path for path, parents in files.items() if folder in parents and not parents & others]
+    return {str(path.relative_to(folder)): _sha256(path) for path in of_grader}
 
 
 def _sha256(path: Path) -> str:

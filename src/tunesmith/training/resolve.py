@@ -131,7 +131,7 @@ def resolve_run(
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
-        notes = [*rate_notes(recipe, facts), *notes_on_asking(recipe, rows)]
+        notes = [*rate_notes(recipe, facts), *notes_on_asking(recipe, rows), *_notes_on_teacher(recipe)]
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
         known |= {"other_models": other_weights(recipe, root, offline=offline)}
         with _forecasting(notes):
@@ -312,8 +312,18 @@ def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
     if recipe.reinforce.grader is not None:
         num_bytes += weights_of(graders.load(recipe.grader_at), root, offline=offline)
     if recipe.distil.teacher is not None and not recipe.distil.is_served:
-        num_bytes += weights_of_any(recipe.teacher_at, root, offline=offline)
+        try:
+            num_bytes += weights_of_any(recipe.teacher_at, root, offline=offline)
+        except ModelError as error:
+            raise ModelError(f"distil.teacher: {error}") from None
     return num_bytes
+
+
+def _notes_on_teacher(recipe: Recipe) -> list[str]:
+    teacher = recipe.distil.teacher
+    if teacher is None or Path(recipe.teacher_at).resolve() != Path(recipe.model).resolve():
+        return []
+    return [f"distil.teacher: {teacher}: it is the model that learns, which has nothing to learn from itself"]
 
 
 def _saving(steps: int, forecast: Forecast, folder: Path | None) -> Choice | None:

@@ -20,6 +20,7 @@ from tunesmith.data.formats.format import Format
 from tunesmith.data.formats.row_images import RowImages
 from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
 from tunesmith.data.problems import RowProblems, describe_type, names, paste
+from tunesmith.phrases import nearest
 from tunesmith.types import Example, JsonObject, Part, Problem, Record, Shape, Source
 
 SPEAKERS = {
@@ -156,6 +157,9 @@ def _history(history: object, check: RowProblems) -> list[Part]:
     return parts_of([{"role": role, "content": text} for pair in pairs for role, text in pair], check, place="history")
 
 
+PROMPTS_ALONE = "Prompts without answers are for --task reinforce, with a --grader."
+
+
 def parse_pair(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: the completion is trained; in messages, its answers are."""
     check = RowProblems(source)
@@ -178,6 +182,8 @@ def parse_pair(record: JsonObject, source: Source, *, answered: bool = True) -> 
         _prompt(check.text(record, "prompt"), record, check),
         Part("assistant", check.answer(record, "completion"), True),
     )
+    if "prompt" in record and "completion" not in record and nearest("completion", record, 0.8) is None:
+        check.problems[-1] = replace(check.problems[-1], fix=f"{check.problems[-1].fix} {PROMPTS_ALONE}")
     return check.problems or Example(parts, source, "prompt_completion", tools, plain=True)
 
 
