@@ -155,8 +155,8 @@ class OutOfMemoryError(TunesmithError):
 
 
 class TeacherError(TunesmithError):
-    """A teacher at an address that does not answer, or answers what cannot be learnt. The weights are as after the
-    step before."""
+    """A teacher at an address that does not answer, or answers what cannot be learnt. The weights are as after
+    the step before."""
 
     topic = "teacher-fails"
 

@@ -170,7 +170,8 @@ def _cut(row: Row, num_tokens: int) -> Row:
 
 
 def _other(row: Row, image_token: int | None) -> Row:
-    """As many tokens in another order and shifted, so that none is where it was; images stay in their places."""
+    """As many tokens in another order and shifted, so that none is where it was; images stay in their
+    places."""
     is_text_T = row.ids != image_token if row.images else np.ones(len(row.ids), np.bool_)
     text_T = row.ids[is_text_T]
     ids_T = row.ids.copy()

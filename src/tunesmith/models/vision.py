@@ -59,8 +59,8 @@ _REFUSALS = (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
 
 
 def vision_of(tokenizer: Any) -> Vision | None:
-    """The `Vision` of the tokenizer's model, from the processor's files next to the tokenizer's. None: the model
-    reads text alone, or its family is not one of `FAMILIES`."""
+    """The `Vision` of the tokenizer's model, from the processor's files next to the tokenizer's. None: the
+    model reads text alone, or its family is not one of `FAMILIES`."""
     folder = Path(tokenizer.name_or_path)
     name = processor_class(folder)
     return Vision(folder, name) if name in _PROCESSORS else None
