@@ -38,7 +38,7 @@ class WayOut:
     settings: Mapping[str, str | int]
     """Values by key, as `--set` takes them."""
     words: str = ""
-    """What they do, for a button; empty: the options themselves say it."""
+    """The effect in words, for a button; empty: the options themselves say it."""
 
 
 _MEMORY_WORDS = (

@@ -25,7 +25,7 @@ from torch import Tensor
 from tunesmith.types import LEAST_PREFIX, Batch, BatchImage, Row, Segment, Span
 
 Keys = NDArray[np.integer[Any]]
-"""Of a row's tokens, see `prefix_keys`."""
+"""A number for each token of a row, see `prefix_keys`."""
 MOST_ROWS_GROUPED = 512
 """Rows looked at together: the search for the best groups costs their square."""
 
