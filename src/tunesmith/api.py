@@ -186,8 +186,8 @@ def predict(
     """
     listed = [rows] if isinstance(rows, (str, Mapping)) else rows
     where = _where(target, model)
-    speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
-    return predict_list(Predictor(speaker, max_new_tokens, threshold), listed, bare=True)
+    loaded = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
+    return predict_list(Predictor(loaded, max_new_tokens, threshold), listed, bare=True)
 
 
 def evaluate(
@@ -223,11 +223,11 @@ def evaluate(
         )
     refuse_no_answers(samples, judge, ("tunesmith.evaluate: judge", "samples=0"))
     where = _where(target, model)
-    speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
+    loaded = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     arbiter = None if judge is None else load_any(_name(judge), root=Path(root), offline=offline)
     with _problems_named(), TemporaryDirectory(prefix="tunesmith-") as folder:
         path = str(write_rows(data, Path(folder))) if is_rows(data) else fspath(data)
-        return evaluate_file(speaker, path, samples=samples, judge=arbiter, offline=offline).measures
+        return evaluate_file(loaded, path, samples=samples, judge=arbiter, offline=offline).measures
 
 
 def load(
@@ -247,8 +247,8 @@ def load(
         >>> model, tokenizer = tunesmith.load("last")
     """
     opened = _opened(run, root, model)
-    speaker = load_run(opened, offline=offline)
-    return speaker.model, speaker.renderer.tokenizer
+    loaded = load_run(opened, offline=offline)
+    return loaded.model, loaded.renderer.tokenizer
 
 
 def _opened(run: Run | str | PathLike[str], root: str | PathLike[str], model: str | PathLike[str] | None) -> Run:

@@ -38,7 +38,7 @@ class WayOut:
     settings: Mapping[str, str | int]
     """Values by key, as `--set` takes them."""
     words: str = ""
-    """What they do, for a button; empty: the options themselves say it."""
+    """The effect in words, for a button; empty: the options themselves say it."""
 
 
 _MEMORY_WORDS = (
@@ -155,8 +155,8 @@ class OutOfMemoryError(TunesmithError):
 
 
 class TeacherError(TunesmithError):
-    """A teacher at an address that does not answer, or answers what cannot be learnt. The weights are as after the
-    step before."""
+    """A teacher at an address that does not answer, or answers what cannot be learnt. The weights are as after
+    the step before."""
 
     topic = "teacher-fails"
 

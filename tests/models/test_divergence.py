@@ -85,7 +85,7 @@ def test_a_list_and_the_rest_as_one_event(given, top, temperature):  # trap: G32
 
 
 def test_parts_of_a_piece_are_the_piece(given, monkeypatch):
-    monkeypatch.setattr(divergence, "PART_BYTES", 4 * PADDED * 5)
+    monkeypatch.setattr(divergence, "LOGITS_BYTES", 4 * PADDED * 5)
     test_a_list_and_the_rest_as_one_event(given, K, 2.5)
     test_the_reverse_of_the_whole_vocabulary(given, 0.5)
 

@@ -179,7 +179,7 @@ def test_cards_are_named_or_known_by_their_memory_alone():
 
 
 def test_the_room_of_a_process_is_bounded_by_its_control_group(monkeypatch):
-    monkeypatch.setattr(memory_of_machine, "_memory_free", lambda: 10**12)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**12))
     monkeypatch.setattr(memory_of_machine, "_group_free", lambda: 3 * 10**9)
     assert KeptVectors().room == 3 * 10**9 * MEMORY_SHARE  # of images, wherever they are looked at
     assert devices.room("cpu") == 3 * 10**9 + devices.resident_bytes()

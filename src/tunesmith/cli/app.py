@@ -185,5 +185,5 @@ for command in (jobs.list_jobs, jobs.show, jobs.follow, jobs.cancel, jobs.pause,
     of_jobs.command("list" if command is jobs.list_jobs else None, cls=Command)(command)
 app.add_typer(of_jobs, name="jobs", rich_help_panel="Use and measure")
 commands_with_options = typer.main.get_command(app)
-"""The commands with all their options, which takes a tenth of a second: a process that waits for its command has made
-them by then."""
+"""The commands with all their options, which takes a tenth of a second: a process that waits for its command
+has made them by then."""

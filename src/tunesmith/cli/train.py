@@ -151,7 +151,8 @@ def resume(
 
     tunesmith resume runs/support-3f2a
 
-    tunesmith resume last --track mlflow    (the recipe's trackers continue by themselves; --track none: without any)
+    tunesmith resume last --track mlflow    (the recipe's trackers continue by themselves; --track none: without
+    any)
 
     tunesmith resume last --set train.tokens_per_pass=512 --set train.checkpointed_layers=30
     """

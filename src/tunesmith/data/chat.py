@@ -248,7 +248,8 @@ class ChatEncoder(RowEncoder):
     def _rendered(
         self, messages: Sequence[Message], *, prompt: bool, tools: Tools = (), images: Sequence[ImageRef] = ()
     ) -> str:
-        """The text of messages; `images`: all of the conversation, of which these messages may be the beginning."""
+        """The text of messages; `images`: all of the conversation, of which these messages may be the
+        beginning."""
         shown = as_lists(messages) if self._takes_lists else messages
         text = self._template.render(shown, tools=tools, prompt=prompt)
         if not images or self._placeholders is None:

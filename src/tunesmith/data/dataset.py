@@ -422,7 +422,8 @@ def open_kept(folder: Path, key: str | None) -> RowStore | None:
 
 
 def _image_folder(file: DataFile, data: Data) -> str:
-    """The folder where paths of a file's rows begin: a copy of the file in another folder names other images."""
+    """The folder where paths of a file's rows begin: a copy of the file in another folder names other
+    images."""
     if data.image_folder is None and is_address(file.path):
         return ""
     return str(Path(data.image_folder or Path(file.path).parent).resolve())

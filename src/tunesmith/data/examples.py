@@ -104,7 +104,7 @@ class FileExamples:
     mapped: set[str] = field(default_factory=set)
     """Our names in data.columns whose fields rows have."""
     suggested: list[Meaning] | None = None
-    """What rows of no shape may be meant for, once one was seen."""
+    """Guesses at the meaning of rows without a known shape; None until such a row was read."""
 
     def example(self, record: JsonObject, source: Source) -> Example | None:
         raw = record
@@ -258,7 +258,7 @@ class FileExamples:
         return shape
 
     def _suggested(self, record: JsonObject) -> list[Meaning]:
-        """What the rows of the file may be meant for, or this row of a list, which has no file."""
+        """Guesses at the meaning of the file's rows, or of this row alone if it is of a list, without a file."""
         if self.suggested is None:
             rows = sample(reread(self.facts, limits=self.data.limits, how=self.data.reading)) or [record]
             self.suggested = meanings(rows, self.task)

@@ -1,5 +1,5 @@
-"""Numbers that were asked of a server and paid for, in a file until all of them are there: a run that goes on does
-not ask for them again."""
+"""Numbers from a server, which may charge for them, in a file until all are there: a resumed run does not
+request them again."""
 
 # N targets of a row, C numbers of each
 
@@ -22,8 +22,8 @@ def key_of(ids_T: NDArray[np.int32], trained_T: NDArray[np.bool_]) -> str:
 
 
 class KeptReplies:
-    """Numbers [N, C] of rows by their `key_of`, a line of JSON each. A line that a killed process has left half is
-    cut off, and one that is damaged does not count. All of it raises StorageError."""
+    """Numbers [N, C] of rows by their `key_of`, a line of JSON each. A line that a killed process has left half
+    is cut off, and one that is damaged does not count. All of it raises StorageError."""
 
     def __init__(self, path: Path, num_columns: int) -> None:
         self._path, self._columns, self._places, end = path, num_columns, dict[str, int](), 0

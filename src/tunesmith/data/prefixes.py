@@ -25,7 +25,7 @@ from torch import Tensor
 from tunesmith.types import LEAST_PREFIX, Batch, BatchImage, Row, Segment, Span
 
 Keys = NDArray[np.integer[Any]]
-"""Of a row's tokens, see `prefix_keys`."""
+"""A number for each token of a row, see `prefix_keys`."""
 MOST_ROWS_GROUPED = 512
 """Rows looked at together: the search for the best groups costs their square."""
 
@@ -42,8 +42,9 @@ class Stretch:
 
 
 def prefix_keys(row: Row, image_token: int | None) -> Keys:
-    """[T], numbers by which a row is compared with others: its tokens, and at its first image a negative number that
-    stands for all its images and what is between them. So a shared prefix has all images of its rows, or none.
+    """[T], numbers by which a row is compared with others: its tokens, and at its first image a negative number
+    that stands for all its images and what is between them. So a shared prefix has all images of its rows, or
+    none.
 
     `image_token`: the token in the places of images; None: the model reads none.
     """
@@ -60,8 +61,8 @@ def prefix_keys(row: Row, image_token: int | None) -> Keys:
 def share_prefixes(batch: Batch, rows: Sequence[Row], *, image_token: int | None = None) -> Batch:
     """A packed batch of these whole rows with shared prefixes computed once; the same batch if there are none.
 
-    Rows, targets and their order stay; positions change, and an image of a shared prefix is there once. For causal
-    models. `image_token`: see `prefix_keys`.
+    Rows, targets and their order stay; positions change, and an image of a shared prefix is there once. For
+    causal models. `image_token`: see `prefix_keys`.
     """
     row_keys = [prefix_keys(row, image_token) for row in rows]
     shared = stretches(row_keys)

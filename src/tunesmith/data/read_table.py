@@ -80,8 +80,8 @@ def csv_rows(
 
 
 def _skip_unquoted(stream: ByteStream, num: int) -> int:
-    """Go on behind at most `num` lines without a double quote, each of which is a row, at the speed of the disk.
-    Returns how many there were before the first with one."""
+    """Go on behind at most `num` lines without a double quote, each of which is a row, at the speed of the
+    disk. Returns how many there were before the first with one."""
     num_skipped = 0
     while num_skipped < num and (piece := stream.peek(1)):  # type: ignore[attr-defined]
         quote = piece.find(b'"')

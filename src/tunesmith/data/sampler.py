@@ -60,8 +60,8 @@ class StepSampler:
     sources_I: NDArray[np.int64] | None = None
     """Number of each row's source, where a fraction of each source is taken; None: of all rows of a weight."""
     keys_of: Callable[[int], Keys] | None = field(default=None, compare=False)
-    """Returns a row's `prefix_keys` where shared prefixes are computed once; micro-batches are then sized by what
-    is computed. None: rows are computed whole."""
+    """Returns a row's `prefix_keys` where shared prefixes are computed once; micro-batches are then sized by
+    what is computed. None: rows are computed whole."""
     part: tuple[int, int] = (0, 1)
     """(rank, size): the share of a step that `step` gives, of as many as there are processes."""
     pass_cost: int = MICRO_BATCH_COST
@@ -217,8 +217,8 @@ def make_sharing_micro_batches(rows: Sequence[int], keys: Sequence[Keys], *, tok
     """Group packed rows into micro-batches of at most `tokens_per_pass` computed tokens, with shared prefixes
     computed once; a longer row goes alone. A function of the rows, whatever their order.
 
-    `keys`: of each row, see `prefix_keys`. Rows with one prefix stay together as far as they fit; groups are packed as
-    `make_micro_batches` packs rows.
+    `keys`: of each row, see `prefix_keys`. Rows with one prefix stay together as far as they fit; groups are
+    packed as `make_micro_batches` packs rows.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(keys[i]), rows[i], i))
     lengths = [len(keys[i]) for i in order]

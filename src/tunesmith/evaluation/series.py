@@ -131,8 +131,8 @@ class RunSeries:
 
     @property
     def aim(self) -> str:
-        """What a curve of the run shows: "reward" where answers are graded, whose loss is no measure of anything, or
-        "loss"."""
+        """The measure that curves of the run show: "reward" where answers are graded, whose loss measures
+        nothing, else "loss"."""
         is_graded = any(is_restated("loss", measures_of(values)) for _, values in self.evaluations)
         return REWARD_KEY if self.drawn or is_graded else "loss"
 

@@ -59,10 +59,10 @@ class Continuation:
     """By row."""
     why: str = ""
     seconds: float = 0.0
-    """That writing took."""
+    """Seconds that writing took."""
     _writing: Writing | None = None
     """None: nothing is being written."""
-    _away: list[float] = field(default_factory=list)
+    _differences: list[float] = field(default_factory=list)
     """Differences of the losses of tokens that were read again, in deviations of their logits."""
 
     @property
@@ -84,7 +84,7 @@ class Continuation:
         return measured
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the answers that are not complete."""
         self._write(lambda: None, to_the_end=True)
 
     def _take(self, batch: Batch, measured: Measured, kept: Layers) -> None:
@@ -149,8 +149,8 @@ class Continuation:
         """Compare the loss of the row's own token behind a prompt with that of the pass. Raises
         UnsupportedAttentionError where the losses so far are others, by their root mean square."""
         again = F.cross_entropy(logits_V[None], torch.tensor([target], device=logits_V.device))
-        self._away.append(float((again - loss) / logits_V.std()))
-        error = float(np.sqrt(np.mean(np.square(self._away))))
+        self._differences.append(float((again - loss) / logits_V.std()))
+        error = float(np.sqrt(np.mean(np.square(self._differences))))
         if not error <= TOLERANCES[self.model.dtype]:
             raise UnsupportedAttentionError(f"a token read again has another loss, by {error:.2g}")
 

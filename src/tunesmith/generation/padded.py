@@ -116,7 +116,7 @@ def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
 
 
 def trimmed(renderer: Renderer, text: str) -> str:
-    """An answer as it is shown: white space around a completion is part of it, around others not."""
+    """The answer as it is shown. White space around it is kept for completions only, of which it is a part."""
     return text if TASKS[renderer.task_name].raw_text else text.strip()
 
 
@@ -156,8 +156,8 @@ def generate_within(
     parts = (prompts[:half], images[:half]), (prompts[half:], images[half:])
     return [
         answer
-        for some, of_some in parts
-        for answer in generate_within(model, renderer, some, new_tokens, most=most, images=of_some)
+        for half_prompts, half_images in parts
+        for answer in generate_within(model, renderer, half_prompts, new_tokens, most=most, images=half_images)
     ]
 
 

@@ -197,7 +197,7 @@ def _trace(error: BaseException) -> str:
 
 
 def _problem(error: BaseException, fields: Sequence[str] = ()) -> Answer:
-    """What went wrong, with the way out of usual slips. `fields`: the names of the row's fields."""
+    """The kind and message of an error, with the way out of usual slips. `fields`: names of the row's fields."""
     if isinstance(error, GradeError):
         return {"kind": error.kind, "error": str(error)}
     words = _trace(error)

@@ -1,5 +1,5 @@
-"""A model at an OpenAI-compatible address: a request with a key, tried again where the server is busy, within its
-time and size. Judges and teachers are asked by it, and nothing else asks them."""
+"""A model at an OpenAI-compatible address: a request with a key, tried again where the server is busy, within
+its time and size. Judges and teachers are asked by it, and nothing else asks them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MOST_REPLY_BYTES = 4 * 2**20
 
 
 class RemoteError(Exception):
-    """A request without a reply that can be used; its text begins with the address. `status`: of HTTP, where the
-    server has refused the request."""
+    """A request without a reply that can be used; its text begins with the address. `status`: of HTTP, where
+    the server has refused the request."""
 
     def __init__(
         self, kind: Literal["timeout", "unreachable", "unreadable"], message: str, *, status: int | None = None
@@ -35,8 +35,8 @@ class RemoteError(Exception):
 
 
 def key_of(key_env: str, place: str = "key_env") -> str:
-    """The key in an environment variable; "" for none. Raises InputError, for the option `place`, where it is not
-    set."""
+    """The key in an environment variable; "" for none. Raises InputError, for the option `place`, where it is
+    not set."""
     if key_env and not os.environ.get(key_env):
         raise InputError(f"{place}: {key_env}: this environment variable is not set. Set it to the key of the server.")
     return os.environ.get(key_env, "") if key_env else ""

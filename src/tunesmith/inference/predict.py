@@ -309,8 +309,8 @@ def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[s
 
 
 def _image_hash(predictor: Predictor, path: str) -> dict[str, str]:
-    """The hash of all images that the rows of a file show, by its name; nothing where they show none. A row names
-    an image by its path, so it stays the same when its image changes."""
+    """The hash of all images that the rows of a file show, by its name; nothing where they show none. A row
+    names an image by its path, so it stays the same when its image changes."""
     if predictor.loaded.renderer.placeholders is None:
         return {}
     data, digest = _own_folder(predictor), hashlib.sha256()

@@ -55,8 +55,8 @@ class RewardScorer:
 
 
 def pool_of(word: str, kept: MutableMapping[str, Grade], *, root: Path, offline: bool, device: str) -> Pool:
-    """The pool of the grader that a recipe names, with its reward runs. Raises InputError for one that cannot be
-    loaded."""
+    """The pool of the grader that a recipe names, with its reward runs. Raises InputError for one that cannot
+    be loaded."""
     scorer_of = partial(RewardScorer, root=root, offline=offline, device=device)
     return Pool(schema.load(word), kept=kept, scorer_of=scorer_of)
 

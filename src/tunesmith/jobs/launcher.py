@@ -135,7 +135,8 @@ def start_child(
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open a file to write, and no link: those of exports are in run folders, which a stranger may have packed."""
+    """Open a file to write, and no link: those of exports are in run folders, which a stranger may have
+    packed."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

@@ -13,7 +13,8 @@ from tunesmith.types import JsonObject, Record
 DEFAULTS = Reinforce()
 LEAST_SAMPLES, MOST_SAMPLES = 2, 64
 EVALUATIONS, EVALUATION_SHARE = 10, 0.25
-"""Evaluations of a run by `eval_interval: auto`; fewer where they would draw more of its answers than a share."""
+"""Evaluations of a run by `eval_interval: auto`; fewer where they would draw more of its answers than a
+share."""
 
 
 def samples_of(compute_multiplier: float | str) -> int:

@@ -82,8 +82,8 @@ class LoraLinear(nn.Module):
 
     @property
     def _can_fuse(self) -> bool:
-        """False with dropout: the two paths then see different inputs, so autograd adds their gradients. Dropout
-        draws from torch's own generator, which gradient checkpointing restores before it recomputes."""
+        """False with dropout: the two paths then see different inputs, so autograd adds their gradients.
+        Dropout draws from torch's own generator, which gradient checkpointing restores before it recomputes."""
         return self._product_is_known and not (self.dropout and self.training)
 
     def parts(self) -> LinearParts | None:

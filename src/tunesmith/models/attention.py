@@ -198,15 +198,15 @@ def _by_pieces(
             query_1HTD, value_1GKD, dropout=options.dropout, softcap=options.softcap, shared=shared
         )
         longest = min(most, options.window or most)
-    stretches = [tuple(some) for _, some in groupby(segments.sizes, key=lambda size: max(size) <= longest or size)]
+    runs = [tuple(run) for _, run in groupby(segments.sizes, key=lambda size: max(size) <= longest or size)]
     # One split for all: its backward is one concatenation, a slice's would be a full tensor of zeros each.
-    queries = torch.split(query_1HTD, [sum(tokens for tokens, _ in some) for some in stretches], dim=2)
-    num_keys = [sum(keys for _, keys in some) for some in stretches]
+    queries = torch.split(query_1HTD, [sum(tokens for tokens, _ in run) for run in runs], dim=2)
+    num_keys = [sum(keys for _, keys in run) for run in runs]
     keys, values = (torch.split(tensor, num_keys, dim=2) for tensor in (key_1GKD, value_1GKD))
     out = []
-    for some, query, key, value in zip(stretches, queries, keys, values, strict=True):
-        if max(some[0]) <= longest:
-            layout = _layout(segments, some, query, key, causal=options.causal)
+    for run, query, key, value in zip(runs, queries, keys, values, strict=True):
+        if max(run[0]) <= longest:
+            layout = _layout(segments, run, query, key, causal=options.causal)
             out.append(
                 short_rows.short_row_attention(
                     query, key, value, layout, scaling=options.scaling, dropout=options.dropout
@@ -214,7 +214,7 @@ def _by_pieces(
             )
             continue
         q_SHQD, k_SHKD, v_SHKD = (
-            torch.unflatten(part, 2, (len(some), -1))[0].transpose(0, 1) for part in (query, key, value)
+            torch.unflatten(part, 2, (len(run), -1))[0].transpose(0, 1) for part in (query, key, value)
         )
         out.append(equal_rows(q_SHQD, k_SHKD, v_SHKD, segments, options).transpose(1, 2).flatten(0, 1)[None])
     return torch.cat(out, dim=1) if len(out) > 1 else out[0].contiguous()  # which AFMoE takes a view of

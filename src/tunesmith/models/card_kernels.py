@@ -156,7 +156,7 @@ class Operator:
     liger: Function | None = None
     """For SiLU."""
     whole: Function | None = None
-    """The same written so that a compiler makes one kernel of it; None: `plain` is."""
+    """`plain` written so that a compiler makes one kernel of it; None: `plain` itself is."""
 
 
 OPERATORS = {

@@ -82,17 +82,17 @@ def _watch() -> None:
 
 def _seconds_waited() -> dict[str, float]:
     """Seconds that each thread of this process was ready to run and had no core; empty: not counted."""
-    found: dict[str, float] = {}
+    waited: dict[str, float] = {}
     try:
         for thread in os.listdir(THREADS):
             try:
                 with open(f"{THREADS}/{thread}/schedstat", encoding="ascii") as file:
-                    found[thread] = int(file.read().split()[1]) / 1e9
+                    waited[thread] = int(file.read().split()[1]) / 1e9
             except (FileNotFoundError, ProcessLookupError):  # it has ended, or nothing is counted
                 continue
     except (OSError, ValueError, IndexError):
         return {}
-    return found
+    return waited
 
 
 def _libgomp() -> ctypes.CDLL | None:

@@ -95,7 +95,7 @@ class AttentionCase:
 USUAL_CASE = AttentionCase(
     torch.bfloat16, 8, 2, 128, 128, causal=True, window=False, softcap=False, dropout=False, shared=False
 )
-"""Of most models."""
+"""The case of most models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +170,14 @@ def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) ->
     with here, exact_products(), torch.random.fork_rng([device] if is_cuda else []):
         try:
             expected = _answers(_by_piece, case, device, torch.float32)
-            found = _answers(kernel.run, replace(case, dropout=False), device, case.dtype)
+            computed = _answers(kernel.run, replace(case, dropout=False), device, case.dtype)
             if case.dropout and not all(x.isfinite().all() for x in _answers(kernel.run, case, device, case.dtype)):
                 return "not finite with dropout"
         except Exception as error:  # a compiler's, a driver's: whatever it is, another kernel is taken
             if is_out_of_memory(error):
                 raise
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    for name, ours, right in zip(("answers", "queries", "keys", "values"), found, expected, strict=True):
+    for name, ours, right in zip(("answers", "queries", "keys", "values"), computed, expected, strict=True):
         away = float((ours - right).norm() / right.norm())
         if not away <= KERNEL_TOLERANCES[case.dtype]:
             return f"{name} are off by {away:.2g}"

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from tunesmith.models.fused_loss import OfPiece
 
-PART_BYTES = 32 * 2**20
+LOGITS_BYTES = 32 * 2**20
 """Bytes of logits whose divergences are computed together."""
 
 
@@ -111,7 +111,7 @@ def _in_parts(logits_NV: Tensor, here: slice, *, of_part: OfPiece) -> tuple[Tens
     """A piece in parts, whose gradients take the place of the logits: each needs
     several times its own memory."""
     start, losses_N = here.start or 0, logits_NV.new_empty(len(logits_NV))
-    size = max(1, PART_BYTES // (logits_NV.element_size() * logits_NV.shape[1]))
+    size = max(1, LOGITS_BYTES // (logits_NV.element_size() * logits_NV.shape[1]))
     for begin in range(0, len(logits_NV), size):
         part = slice(begin, min(begin + size, len(logits_NV)))
         losses_N[part], logits_NV[part] = of_part(logits_NV[part], slice(start + part.start, start + part.stop))

@@ -83,7 +83,7 @@ def reads_again(model: nn.Module) -> int:
 
 
 def parts_of(layer: Any) -> LinearParts | None:
-    """What a linear layer computes with now; None if it is not known to compute by that alone."""
+    """The tensors that a linear layer computes with now; None if it may compute with others too."""
     if not isinstance(layer, nn.Module) or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     if type(layer) is nn.Linear:
@@ -182,8 +182,8 @@ def _norm_agrees(module: nn.Module, start: int) -> bool:
 
 
 def _activation(module: nn.Module) -> Activation | None:
-    """Which activation an MLP's is, by its values in float32: near 0, where those of small weights lie, all of
-    them differ by less than half precision rounds."""
+    """The activation of an MLP, found by its values in float32: near 0, where small weights lead, activations
+    differ by less than half precision rounds."""
     act: Any = getattr(module, "act_fn", None)
     if not callable(act):
         return None

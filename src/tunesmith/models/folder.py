@@ -158,6 +158,6 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — the file is not a mapping
-            return {name: TensorInfo(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+            return {name: TensorInfo(tuple(stored.get_shape()), stored.get_dtype()) for name, stored in slices.items()}
     except (SafetensorError, ValueError) as error:
         raise ModelError(f"{path}: a damaged safetensors file: {error}. Download or copy it again.") from error

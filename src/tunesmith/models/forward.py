@@ -56,21 +56,19 @@ def _inputs(model: nn.Module, batch: Batch) -> JsonObject:
         inputs["token_type_ids"] = batch.types_BT
     if batch.decoder_ids_BU is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids_BU
+    filling = [batch.filling] if batch.filling else []
     if batch.images:
-        lengths = (*batch.lengths, *([batch.filling] if batch.filling else [])) if batch.layout == "packed" else ()
+        lengths = (*batch.lengths, *filling) if batch.layout == "packed" else ()
         seen = image_inputs(model, batch.ids_BT, batch.mask_BT, batch.images, lengths=lengths)
         inputs |= {"use_cache": False, **seen}
     if batch.layout != "packed":
         return {**inputs, "attention_mask": batch.mask_BT}
     positions_BT = batch.positions_BT + _first_position(model)
-    return {"position_ids": positions_BT, **inputs, "segments": _segments(batch)}
-
-
-def _segments(batch: Batch) -> Segments:
-    device, filling = batch.ids_BT.device, [batch.filling] if batch.filling else []
     if batch.pieces:
-        return Segments.sharing([*batch.pieces, *map(Segment, filling)], device=device)
-    return Segments.of([*batch.lengths, *filling], device=device)
+        segments = Segments.sharing([*batch.pieces, *map(Segment, filling)], device=positions_BT.device)
+    else:
+        segments = Segments.of([*batch.lengths, *filling], device=positions_BT.device)
+    return {"position_ids": positions_BT, **inputs, "segments": segments}
 
 
 @cache
@@ -127,8 +125,8 @@ def _layers(model: nn.Module) -> nn.Module:
     base: nn.Module = model.base_model  # type: ignore[assignment]
     for name in ("encoder", "transformer"):
         if hasattr(base, name):
-            found: nn.Module = getattr(base, name)
-            return found
+            layers: nn.Module = getattr(base, name)
+            return layers
     raise UnsupportedAttentionError("its layers cannot be separated from its head")
 
 

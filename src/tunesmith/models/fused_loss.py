@@ -148,12 +148,12 @@ def find_output_layer(model: PreTrainedModel) -> OutputLayer | None:
     ids_1T = torch.arange(LOSS_PROBE_TOKENS, device=model.device)[None] % output.layer.weight.shape[0]
     cache = {"use_cache": False} if has_cache(type(model).forward) else {}
     with eval_mode(model):
-        own = model(input_ids=ids_1T, **cache).logits[0]
+        expected = model(input_ids=ids_1T, **cache).logits[0]
         hidden_TD = model.base_model(input_ids=ids_1T, **cache).last_hidden_state[0]
-    found = output.logits(hidden_TD)
-    tolerance = 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
+    ours = output.logits(hidden_TD)
+    tolerance = 4 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     # A model of values that are not numbers has no such layer: its losses then say so.
-    return output if found.shape == own.shape and bool(((found - own).abs() <= tolerance).all()) else None
+    return output if ours.shape == expected.shape and bool(((ours - expected).abs() <= tolerance).all()) else None
 
 
 class _LossSum(torch.autograd.Function):

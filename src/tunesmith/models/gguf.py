@@ -190,14 +190,14 @@ def read_once() -> Iterator[None]:
     import gguf
 
     with _READING:
-        own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
-        for name, found in own.items():
-            setattr(gguf, name, cache(_fast_reader(found) if name == "GGUFReader" else found))
+        originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
+        for name, original in originals.items():
+            setattr(gguf, name, cache(_fast_reader(original) if name == "GGUFReader" else original))
         try:
             yield
         finally:
-            for name, found in own.items():
-                setattr(gguf, name, found)
+            for name, original in originals.items():
+                setattr(gguf, name, original)
 
 
 def _fast_reader(reader: Any) -> Any:

@@ -26,12 +26,12 @@ def check_growth(file: Path) -> None:
     It is read before the tokenizers library loads it, which rewrites its added tokens then.
     """
     try:
-        whole = orjson.loads(file.read_bytes())
+        content = orjson.loads(file.read_bytes())
     except (OSError, ValueError):  # missing, or not JSON: said when it is loaded
         return
-    for part in ("normalizer", "pre_tokenizer", "decoder") if isinstance(whole, dict) else ():
+    for part in ("normalizer", "pre_tokenizer", "decoder") if isinstance(content, dict) else ():
         most = 1
-        for step in _steps(whole.get(part)):
+        for step in _steps(content.get(part)):
             most *= _factor(step)
             if most > MOST_FOR_ONE:
                 raise ModelError(

@@ -90,22 +90,22 @@ def own_classes(config: PreTrainedConfig, head: HeadName) -> tuple[str, ...]:
     names = [str(name) for name in getattr(config, "architectures", None) or ()]
     if not any(_CLASSES.get(end) == head for name in names for end in _CLASSES if name.endswith(end)):
         return ()
-    found = _labels(config, head).names
-    return () if found == tuple(f"LABEL_{i}" for i in range(len(found))) else found
+    names_in_files = _labels(config, head).names
+    return () if names_in_files == tuple(f"LABEL_{i}" for i in range(len(names_in_files))) else names_in_files
 
 
 def same_labels(config: PreTrainedConfig, head: HeadName, labels: Labels) -> bool:
     """True if the head in the model's files has these labels, in this order."""
-    found = _labels(config, head)
-    return (found.kind, found.names) == (labels.kind, labels.names)
+    in_files = _labels(config, head)
+    return (in_files.kind, in_files.names) == (labels.kind, labels.names)
 
 
 def fresh_names(model: PreTrainedModel, lacks: Set[str], *, keep: bool) -> tuple[str, ...]:
     """The weights to draw: those that the files lack, and the whole head if one of its weights is among them or
     if the head is not to be kept."""
-    own = [name for name in new_head_names(model) if not name.startswith(f"{model.base_model_prefix}.")]
-    whole = own if not keep or not lacks.isdisjoint(own) else []
-    return tuple(name for name, _ in model.named_parameters() if name in lacks or name in whole)
+    head = [name for name in new_head_names(model) if not name.startswith(f"{model.base_model_prefix}.")]
+    redrawn = head if not keep or not lacks.isdisjoint(head) else []
+    return tuple(name for name, _ in model.named_parameters() if name in lacks or name in redrawn)
 
 
 @torch.no_grad()

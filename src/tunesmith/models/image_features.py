@@ -1,8 +1,8 @@
-"""The arguments by which a model reads the images of a batch: their vectors, where they stand, and positions.
+"""Arguments by which a model reads the images of a batch: their vectors, their places, and positions.
 
-Images go through the vision tower outside of the pass of the text, whose own forward takes their vectors as
-`mm_encoder_outputs`. Through a frozen tower each goes alone: its vectors then follow from the image and the
-tower, whatever rows it stands in, so they are computed once and kept, with the same bits.
+Images go through the vision tower before the pass of the text, whose forward takes their vectors as
+`mm_encoder_outputs`. Through a frozen tower each image goes alone. Its vectors then depend on image and tower
+only, not on the row, so they are computed once and kept, with the same bits.
 """
 
 # B rows, T tokens, M kinds of positions
@@ -27,10 +27,10 @@ from tunesmith.models.modes import eval_mode, text_part
 from tunesmith.types import BatchImage, JsonObject
 
 MEMORY_SHARE = 0.25
-"""Most that kept vectors may fill, of the memory that is free when the first image is computed."""
+"""Share of the memory, free when the first image is computed, that kept vectors may fill."""
 TYPE_NAMES = ("mm_token_type_ids", "token_type_ids")
-"""Arguments of a forward for the kind of each token, 1 for an image's: without them Gemma 3 reads images in one
-direction, without a word."""
+"""Arguments of a forward for the kind of each token, 1 for an image's. Without them Gemma 3 silently reads
+images in one direction."""
 
 ImageKey = tuple[int, bool]
 """See `BatchImage.key`."""
@@ -45,7 +45,7 @@ class KeptVectors:
     computed: int = 0
     """Images that went through the tower."""
     seconds: float = 0.0
-    """That these took, with their preparation, where the tower is frozen."""
+    """Seconds that these images took, with their preparation, if the tower is frozen."""
     entries: dict[ImageKey, _Seen] = field(default_factory=dict)
 
 
@@ -59,7 +59,7 @@ class _Seen:
     output: type
     """The model's own class for the output of its tower."""
     is_list: bool
-    """Whether that holds the pieces of all images, else one tensor."""
+    """Whether the output holds a list, a piece for each image, instead of one tensor."""
     grid: Tensor | None
     """[1, 3], patches in time, height and width, for models that count positions by them."""
 
@@ -126,7 +126,7 @@ def _packed_positions(body: Any, ids_1T: Tensor, is_image_1T: Tensor, grids: Ten
 
 
 def _joined(seen: Sequence[_Seen]) -> Any:
-    """The outputs of single images as the output for all of them, in the form that the model makes."""
+    """Join the outputs of single images into one output, in the form in which the model makes it."""
     first = seen[0]
     vectors, *inner = ([piece for each in seen for piece in each.levels[i]] for i in range(len(first.levels)))
     levels = {"deepstack_features": inner} if inner else {}
@@ -134,7 +134,7 @@ def _joined(seen: Sequence[_Seen]) -> Any:
 
 
 def _look(model: nn.Module, images: Sequence[BatchImage]) -> list[_Seen]:
-    """Each image through the tower, or as it was kept; one that is there twice is computed once."""
+    """The vectors of each image, from the tower or kept; an image that occurs twice is computed once."""
     frozen, memory = sees_as_before(model), kept_vectors(model)
     of_pass: dict[ImageKey, _Seen] = {}
     if frozen:
@@ -158,13 +158,13 @@ def _look(model: nn.Module, images: Sequence[BatchImage]) -> list[_Seen]:
 
 
 def _read(model: nn.Module, image: BatchImage) -> dict[str, Tensor]:
-    """The tensors that the model's tower takes of its processor's, on the model's device, pixels in its type."""
+    """The processor's tensors that the model's tower takes, on the model's device, pixels in its type."""
     accepted = _arguments(type(model.base_model).get_image_features)  # type: ignore[union-attr]
     return {name: _cast(model, tensor) for name, tensor in image.pixels().items() if name in accepted}
 
 
 def _together(model: nn.Module, images: Sequence[Mapping[str, Tensor]]) -> list[_Seen]:
-    """Images through a tower that learns: in one call where all have one shape and there is no more to them."""
+    """Images through a tower that learns: in one call if all have one shape and no further arguments."""
     shapes = {tuple(each["pixel_values"].shape) for each in images}
     if len(images) < 2 or len(shapes) > 1 or any(each.keys() != {"pixel_values"} for each in images):
         return [_alone(model, each) for each in images]

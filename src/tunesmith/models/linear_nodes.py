@@ -131,9 +131,9 @@ def _thawed(kept: Sequence[tuple[Weight | None, float]], tensors: Sequence[Tenso
     layers = []
     for index, (packed, scale) in enumerate(kept):
         weight, bias_O, a_RI, b_OR = tensors[4 * index : 4 * index + 4]
-        whole = weight if packed is None else packed
-        assert whole is not None
-        layers.append(LinearParts(whole, bias_O, a_RI, b_OR, scale))
+        used = weight if packed is None else packed
+        assert used is not None
+        layers.append(LinearParts(used, bias_O, a_RI, b_OR, scale))
     return tuple(layers)
 
 

@@ -217,7 +217,7 @@ def load_model(
         settings |= {} if packing is None else {"quantization_config": packing}
     # What transformers draws for missing weights is drawn again below: it leaves no trace in the process.
     with torch.random.fork_rng(devices=[]), wrap_errors(located, "its weights cannot be loaded"):
-        model, found = auto_class(located, config, head).from_pretrained(
+        model, report = auto_class(located, config, head).from_pretrained(
             **pretrained_args(located),
             **settings,
             **({} if located.is_gguf else {"use_safetensors": True}),
@@ -228,18 +228,18 @@ def load_model(
     if head == "sequence" and not heads.pools_last(model) and model_kind(located) == "causal":
         name = type(model).__name__
         raise ModelError(f"{located.name}: the head of a {name} reads a text in its own way. Use another model.")
-    lacks = _lacking(located, model, found, drawable=labels is not None or head in ("masked_token", "vector"))
+    lacks = _lacking(located, model, report, drawable=labels is not None or head in ("masked_token", "vector"))
     if head == "vector" and lacks:
         model.pooler, lacks = None, set()  # it is not read
     keep = labels is None or (config is not None and heads.same_labels(config, head, labels))
     fresh = heads.fresh_names(model, lacks, keep=keep)
     heads.init_head(model, fresh, seed=seed)
-    if config is not None and not keep and set(fresh).isdisjoint(found["missing_keys"]):
+    if config is not None and not keep and set(fresh).isdisjoint(report["missing_keys"]):
         on_note(f"{located.name} has a head for other labels ({listed(config.id2label.values())}): it is replaced")
     if fresh:
-        said = f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(fresh)}"
-        on_note(Aside(said) if set(fresh) <= set(heads.new_head_names(model)) else said)
-    if unused := sorted(found["unexpected_keys"]):
+        note = f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(fresh)}"
+        on_note(Aside(note) if set(fresh) <= set(heads.new_head_names(model)) else note)
+    if unused := sorted(report["unexpected_keys"]):
         on_note(_unused_note(located, model, unused))
     if heads.pools_last(model) or (head == "vector" and config is not None and not located.is_gguf):
         choose_pad_token(model, tokenizer or load_tokenizer(located, None), on_note)

@@ -51,10 +51,10 @@ def _present(name: str) -> str:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise RecipeError("device: mps: no Apple graphics processor that torch can use. Use auto or cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        if not found:
+        num = torch.cuda.device_count()
+        if not num:
             _refuse_card(name, card.why_unused())
-        raise RecipeError(f"device: {name}: torch sees {found} CUDA device{'s' * (found != 1)}. Use auto or cpu.")
+        raise RecipeError(f"device: {name}: torch sees {num} CUDA device{'s' * (num != 1)}. Use auto or cpu.")
     if device.type == "cuda":
         _refuse_card(name, card.why_unfit(name))
     return name
@@ -123,20 +123,15 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Tensors of one device as this process can read them; a CUDA device is waited for once."""
-    found = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
     if tensors[0].device.type == "cuda":
         torch.cuda.current_stream(tensors[0].device).synchronize()
-    return found
+    return copies
 
 
 def free_on_processor() -> int:
     """Bytes that this process can still get: of the machine's memory, and of what its container is allowed."""
-    return min(_memory_free(), _group_free())
-
-
-def _memory_free() -> int:
-    """Bytes that the system can give without swapping."""
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _group_free())
 
 
 def _group_free() -> int:

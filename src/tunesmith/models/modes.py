@@ -80,8 +80,8 @@ def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
 def text_part(model: nn.Module) -> nn.Module:
     """The part that text passes through: the language model within a model that sees or hears too."""
     is_more = getattr(getattr(model, "config", None), "text_config", None) is not None
-    found: nn.Module | None = model.get_decoder() if is_more else None  # type: ignore[operator]
-    return model if found is None else found
+    decoder: nn.Module | None = model.get_decoder() if is_more else None  # type: ignore[operator]
+    return model if decoder is None else decoder
 
 
 @contextmanager
@@ -90,8 +90,8 @@ def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[
     if not model.can_generate():
         yield
         return
-    own, model.generation_config = model.generation_config, config
+    original, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original

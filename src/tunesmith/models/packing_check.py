@@ -85,7 +85,8 @@ def check_packing(
         return PackingCheck(reason)
     probe = _probe(rows)
     answers = partial(_answers, model, causal=kind == "causal", has_types=has_types, images_of=images_of)
-    own, other = model.config._attn_implementation, _other(probe[0], getattr(model.config, "image_token_id", None))
+    implementation = model.config._attn_implementation
+    other = _other(probe[0], getattr(model.config, "image_token_id", None))
     with eval_mode(model), silence_transformers():
         try:
             alone = [answers([row], "padded")[0] for row in probe]
@@ -101,15 +102,15 @@ def check_packing(
                 getattr(module, "reset_iter_state", lambda: None)()
             return PackingCheck(str(refusal) or type(refusal).__name__)
         finally:
-            model.set_attn_implementation(own)
+            model.set_attn_implementation(implementation)
     if not has_windows(model):
         trace.local_masks.clear()
     if trace.reads_ahead:  # in bfloat16 the difference would pass for rounding
         return PackingCheck("it reads the tokens of an image in both directions")
-    found = _compare(alone, packed, trace, model.dtype, by_row=kind == "causal")
-    if behind and found.ok and not (leak := normalized_error(*behind)) <= leak_tolerance(model):
-        return replace(found, reason=f"the row before changes a row's logits, by {leak:.2g} of their spread")
-    return found
+    result = _compare(alone, packed, trace, model.dtype, by_row=kind == "causal")
+    if behind and result.ok and not (leak := normalized_error(*behind)) <= leak_tolerance(model):
+        return replace(result, reason=f"the row before changes a row's logits, by {leak:.2g} of their spread")
+    return result
 
 
 def has_windows(model: PreTrainedModel) -> bool:
@@ -169,7 +170,8 @@ def _cut(row: Row, num_tokens: int) -> Row:
 
 
 def _other(row: Row, image_token: int | None) -> Row:
-    """As many tokens in another order and shifted, so that none is where it was; images stay in their places."""
+    """As many tokens in another order and shifted, so that none is where it was; images stay in their
+    places."""
     is_text_T = row.ids != image_token if row.images else np.ones(len(row.ids), np.bool_)
     text_T = row.ids[is_text_T]
     ids_T = row.ids.copy()
@@ -218,7 +220,7 @@ def _answers(
         found_NV = logits_at_targets(model, batch)
     if len(found_NV) != len(predict_N):
         raise UnsupportedAttentionError("its head does not read the first token of each row")
-    return list(torch.split(found_NV.float(), [len(some) for some in places]))
+    return list(torch.split(found_NV.float(), [len(of_row) for of_row in places]))
 
 
 def _compare(

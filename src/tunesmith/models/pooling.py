@@ -48,8 +48,8 @@ def find_pooling(folder: Path) -> Pooling | None:
             raise ModelError(f"{folder}: {', '.join(modes) or 'no pooling'}: one of {', '.join(_KINDS)} is known.")
         kind = _KINDS[modes[0]]
     limits, more = (_json(path) if (path := folder / name).is_file() else {} for name in (_LIMITS, _PROMPTS))
-    given = more.get("prompts") or {}
-    prompts = given.get("query") or "", given.get("document", given.get("passage")) or ""
+    in_file = more.get("prompts") or {}
+    prompts = in_file.get("query") or "", in_file.get("document", in_file.get("passage")) or ""
     include_prompt = bool(config.get("include_prompt", True))
     return Pooling(kind, "Normalize" in names, limits.get("max_seq_length"), *prompts, include_prompt)
 
@@ -80,12 +80,12 @@ def write_pooling(pooling: Pooling, folder: Path, *, size: int) -> None:
     ]
     modes = {key: kind == pooling.kind for key, kind in _KINDS.items()}
     prompts = {"query": pooling.query_prompt, "document": pooling.document_prompt}
-    how = {"word_embedding_dimension": size, **modes, "include_prompt": pooling.include_prompt}
+    settings = {"word_embedding_dimension": size, **modes, "include_prompt": pooling.include_prompt}
     files = {
         _MODULES: modules,
         _LIMITS: {"max_seq_length": pooling.max_tokens, "do_lower_case": False},
         _PROMPTS: {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-        f"{places[1]}/config.json": how,
+        f"{places[1]}/config.json": settings,
     }
     for place in places[1:]:  # a module without settings is an empty folder
         (folder / place).mkdir(exist_ok=True)

@@ -182,11 +182,11 @@ def _cached(model: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    whole = (folder / SINGLE).is_file() or (
+    has_weights = (folder / SINGLE).is_file() or (
         (folder / INDEX).is_file() and all((folder / name).is_file() for name in shards(folder / INDEX))
     )
     tokenizer = any((folder / name).is_file() for name in _VOCABULARIES)
-    return folder if whole and tokenizer and (folder / "config.json").is_file() else None
+    return folder if has_weights and tokenizer and (folder / "config.json").is_file() else None
 
 
 def _download(model: str, revision: str | None, *, weights: bool) -> ModelRef:
@@ -204,8 +204,8 @@ def _download(model: str, revision: str | None, *, weights: bool) -> ModelRef:
         if not weights:
             return _with_headers(model, info.sha, folder, files)
         # By the name as it was given, which the cache then knows: by a commit alone it would not be found.
-        whole = Path(snapshot_download(model, revision=revision, allow_patterns=small + files))
-        return ModelRef("hub", whole, model, whole.name)
+        complete = Path(snapshot_download(model, revision=revision, allow_patterns=small + files))
+        return ModelRef("hub", complete, model, complete.name)
     except hub_failures() as error:
         raise ModelError(f"{model}: {why_refused(error, model, 'model', revision)}") from error
 
@@ -222,13 +222,13 @@ def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) ->
     for name in files:
         metadata = HfApi().parse_safetensors_file_metadata(model, name, revision=commit)
         tensors = {
-            key: {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": list(one.data_offsets)}
-            for key, one in metadata.tensors.items()
+            key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            for key, info in metadata.tensors.items()
         }
         text = json.dumps({"__metadata__": metadata.metadata or {}, **tensors}).encode()
         with storing(folder / name), open(folder / name, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(out.tell() + max((one.data_offsets[1] for one in metadata.tensors.values()), default=0))
+            out.truncate(out.tell() + max((info.data_offsets[1] for info in metadata.tensors.values()), default=0))
     return ModelRef("hub", folder, model, commit, headers)
 
 

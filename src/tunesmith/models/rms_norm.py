@@ -38,9 +38,10 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, start: int = 0) -> Tens
 
 
 def origin_of(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What `normed` computes a norm's answer from again, bit for bit; None: it is none, or was written into."""
-    version, kept = getattr(tensor, "origin", (None, None))
-    return kept if version is not None and version == tensor._version else None
+    """The tensors from which `normed` computes a norm's output again, bit for bit. None: the tensor is no
+    output of a norm, or was written into."""
+    version, parts = getattr(tensor, "origin", (None, None))
+    return parts if version is not None and version == tensor._version else None
 
 
 def normed(x: Tensor, weight_H: Tensor, inverse_T1: Tensor) -> Tensor:

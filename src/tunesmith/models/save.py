@@ -108,8 +108,8 @@ def _save_stream(model: PreTrainedModel, folder: Path, weights: Stream) -> None:
     with silence_transformers():
         model.config.save_pretrained(folder)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name in names}
-    how: dict[str, Any] = {"names": names, "shapes": shapes, "shard_bytes": SHARD_BYTES, "tick": weights.tick}
-    write_streamed(folder, weights.tensors, dtype=weights.dtype, **how)
+    settings: dict[str, Any] = {"names": names, "shapes": shapes, "shard_bytes": SHARD_BYTES, "tick": weights.tick}
+    write_streamed(folder, weights.tensors, dtype=weights.dtype, **settings)
 
 
 @contextmanager
@@ -188,8 +188,8 @@ def generation_config(model: PreTrainedModel, *, stop_ids: Sequence[int]) -> Gen
     """The model's generation config with `stop_ids` among its ends, rid of contradictory settings."""
     config = copy.deepcopy(model.generation_config or GenerationConfig())
     config._from_model_config = False
-    own = config.eos_token_id if config.eos_token_id is not None else []
-    ends = list(dict.fromkeys([*stop_ids, *([own] if isinstance(own, int) else own)]))
+    model_ends = config.eos_token_id if config.eos_token_id is not None else []
+    ends = list(dict.fromkeys([*stop_ids, *([model_ends] if isinstance(model_ends, int) else model_ends)]))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     if config.pad_token_id is None or config.pad_token_id < 0:
         config.pad_token_id = ends[0] if ends else None
@@ -201,6 +201,6 @@ def generation_config(model: PreTrainedModel, *, stop_ids: Sequence[int]) -> Gen
             config.validate(strict=True)
     except ValueError:
         # What else contradicts itself says nothing that could be kept.
-        kept = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
-        return GenerationConfig(**kept)
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        return GenerationConfig(**ids)
     return config

@@ -59,8 +59,8 @@ class Segments:
         if device.type != "cuda":
             return cls(tuple(sizes), device, shared=shared)
         starts_Q, starts_K = (
-            to_device(torch.tensor([0, *accumulate(some)], dtype=torch.int32), device)
-            for some in zip(*sizes, strict=True)
+            to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
+            for counts in zip(*sizes, strict=True)
         )
         return cls(tuple(sizes), device, starts_Q, starts_K, shared)
 
@@ -95,7 +95,7 @@ class SharedPrefixes:
 
     @classmethod
     def of(cls, pieces: Sequence[Segment], device: torch.device) -> SharedPrefixes:
-        index, own = [], []
+        index, computed = [], []
         readers: dict[Span, list[Tensor]] = {}
         first_token = first_key = 0
         for piece in pieces:
@@ -104,11 +104,11 @@ class SharedPrefixes:
                 readers.setdefault((start, num), []).append(torch.arange(first_key, first_key + num))
                 first_key += num
             index.append(torch.arange(first_token, first_token + piece.tokens))
-            own.append(torch.arange(first_key, first_key + piece.tokens))
+            computed.append(torch.arange(first_key, first_key + piece.tokens))
             first_token += piece.tokens
             first_key += piece.tokens
         families = tuple((start, to_device(torch.stack(places), device)) for (start, _), places in readers.items())
-        return cls(to_device(torch.cat(index), device), to_device(torch.cat(own), device), families)
+        return cls(to_device(torch.cat(index), device), to_device(torch.cat(computed), device), families)
 
 
 class _Spread(torch.autograd.Function):

@@ -165,8 +165,8 @@ def _softmax_backward(grad_NQK: Tensor, p_NQK: Tensor) -> Tensor:
     if p_NQK.shape[-1] < WIDE:
         wide = torch.promote_types(dtype, torch.float32)
         grad_NQK, p_NQK = grad_NQK.to(wide), p_NQK.to(wide)
-    found: Tensor = torch.ops.aten._softmax_backward_data(grad_NQK, p_NQK, -1, p_NQK.dtype)
-    return found.to(dtype)
+    gradient: Tensor = torch.ops.aten._softmax_backward_data(grad_NQK, p_NQK, -1, p_NQK.dtype)
+    return gradient.to(dtype)
 
 
 def _lines(tensor_1HTD: Tensor) -> Tensor:

@@ -45,12 +45,12 @@ def model_size(located: ModelRef) -> ModelSize:
     """The size of a model; no weight is read. Raises ModelError where its config does not say."""
     if located.kind == "gguf":
         return _gguf_size(located, read_gguf(located.path))
-    whole = load_config(located)
-    config = whole.get_text_config()
+    outer = load_config(located)
+    config = outer.get_text_config()
     tensors = read_tensors(located.path, located.name)
     # Older files of encoders hold the numbers of their positions among the weights.
     stored = sum(prod(info.shape) for info in tensors.values() if not info.dtype.startswith("I"))
-    if getattr(config, "tie_word_embeddings", whole.tie_word_embeddings) and "lm_head.weight" in tensors:
+    if getattr(config, "tie_word_embeddings", outer.tie_word_embeddings) and "lm_head.weight" in tensors:
         stored -= prod(tensors["lm_head.weight"].shape)
     return ModelSize(stored, int(config.hidden_size), _max_tokens(config))
 
@@ -63,10 +63,10 @@ def _max_tokens(config: Any) -> int:
         return UNBOUNDED
     settings = getattr(config, "rope_parameters", None) or {}
     of_layers = [settings] if "rope_type" in settings else settings.values()  # or by type of layer
-    for one in of_layers:
-        if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
+    for rope in of_layers:
+        if isinstance(rope, Mapping) and rope.get("rope_type") == "longrope":
             key = "original_max_position_embeddings"
-            limit = min(limit, one.get(key) or getattr(config, key, None) or limit)
+            limit = min(limit, rope.get(key) or getattr(config, key, None) or limit)
     return int(limit) - (config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0)
 
 

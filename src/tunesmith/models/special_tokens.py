@@ -38,10 +38,10 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> NewT
         return NewTokens()
     known, problems = tokenizer.get_vocab(), []
     pieces = [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    for text, some in zip(texts, pieces, strict=True):
+    for text, ids in zip(texts, pieces, strict=True):
         if text in known:
             problems.append(f"data.new_tokens: {text!r} is a token of this model already. Leave it out.")
-        elif not text.strip() or not some:
+        elif not text.strip() or not ids:
             problems.append(f"data.new_tokens: {text!r} is not a text. Leave it out.")
         elif texts.count(text) > 1:
             problems.append(f"data.new_tokens: {text!r} is there twice. Give it once.")
@@ -137,8 +137,8 @@ def pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
 
     Most models never see it. In some whose tokens read neighbours (MobileBERT, ConvBERT, FNet) real ones do.
     """
-    own, num_rows = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
-    return int(own) if own is not None and own < num_rows else 0
+    token_id, num_rows = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
+    return int(token_id) if token_id is not None and token_id < num_rows else 0
 
 
 def without_vector(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
@@ -160,9 +160,9 @@ def _ends(token_ids: int | list[int] | None) -> set[int]:
 
 def _free_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int | None:
     """The tokenizer's own pad token, another control token that ends no text, or a row that no token uses."""
-    own = tokenizer.pad_token_id
-    if own is not None and own not in ends:
-        return int(own)
+    pad_token = tokenizer.pad_token_id
+    if pad_token is not None and pad_token not in ends:
+        return int(pad_token)
     taken = ends | _ends(tokenizer.bos_token_id)
     control = [
         ("pad" not in str(token).lower(), token_id != tokenizer.unk_token_id, token_id)

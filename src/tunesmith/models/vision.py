@@ -1,8 +1,8 @@
 """The processor of a model that sees: the text in the place of an image, and its pixels.
 
-The processor is built of its parts, with Pillow as the only resizer: with torchvision installed transformers
-resizes otherwise, so that a server with and one without it would answer differently. Videos are never read, and
-what only they need is not asked for.
+The processor is built from its parts, with Pillow as the only resizer: where torchvision is installed,
+transformers resizes differently, so two servers would answer differently. Videos are never read, and packages
+that only they need are not needed here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _PROCESSORS = {
 }
 """Class of a processor → the part of transformers that has it."""
 _COUNTS_OF_ROWS = "batch_num_images"
-"""Made by image processors that prepare an image alone in its row in another way than one of several."""
+"""Key that a processor returns if it prepares the only image of a row differently from one of several."""
 MOST_EXPANDED = 500
 """Sizes of images whose texts are remembered: photos have many, and a text can be a hundred kilobytes."""
 _REFUSALS = (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
@@ -59,8 +59,8 @@ _REFUSALS = (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
 
 
 def vision_of(tokenizer: Any) -> Vision | None:
-    """The images of the model whose tokenizer it is: its processor's files lie beside the tokenizer's. None: it
-    reads text alone, or its family is not one of `FAMILIES`."""
+    """The `Vision` of the tokenizer's model, from the processor's files next to the tokenizer's. None: the
+    model reads text alone, or its family is not one of `FAMILIES`."""
     folder = Path(tokenizer.name_or_path)
     name = processor_class(folder)
     return Vision(folder, name) if name in _PROCESSORS else None
@@ -128,8 +128,8 @@ class Vision:
 
     @cached_property
     def sees_several(self) -> bool:
-        """Whether an image of several in a row is prepared in another way than one alone: LLaVA-OneVision cuts
-        into tiles what is alone."""
+        """Whether an image is prepared differently if its row has several. LLaVA-OneVision cuts only a single
+        image into tiles."""
         return _COUNTS_OF_ROWS in self._processor.image_processor.model_input_names
 
     def expand(self, width: int, height: int, *, several: bool = False) -> str:
@@ -153,10 +153,10 @@ class Vision:
         return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
     def _prepared(self, picture: Image, *, several: bool, **options: Any) -> tuple[Mapping[str, Any], str]:
-        """The processor's answer for an image, and the text in its place. Where it `sees_several` one of them
-        gets a blank one next to it in its row, which is left out of the answer.
+        """The processor's output for an image, and the text in the image's place.
 
-        Raises ValueError for a shape that it does not take.
+        Where it prepares one of several images differently (`sees_several`), a blank image is added and left
+        out of the output. Raises ValueError for a shape that the processor does not take.
         """
         row = [picture, _blank(1, 1)] if several else [picture]
         try:
@@ -192,8 +192,7 @@ class Vision:
 
 
 def _build(folder: Path, name: str) -> Any:
-    """The processor of its parts, without a reader of videos: those need
-    torchvision, and nothing here reads any.
+    """Build a processor from its parts, without a reader of videos, which would need torchvision.
 
     Raises ImportError for a release of transformers that builds processors in another way.
     """
@@ -214,7 +213,8 @@ def _build(folder: Path, name: str) -> Any:
 
 def _module(package: str, name: str) -> Any:
     """The module of a processor. Pixtral's takes the size of an image from the resizer for torchvision as it is
-    read: where that cannot be imported, the resizer for Pillow, which computes the same, takes its place meanwhile.
+    read: where that cannot be imported, the resizer for Pillow, which computes the same, takes its place
+    meanwhile.
     """
     try:
         return import_module(f"{package}.processing_{name}")
@@ -273,7 +273,8 @@ def part_modules(model: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def processor_template(folder: Path) -> str | None:
-    """The chat template of a processor in the file of earlier versions, which the tokenizer does not read."""
+    """The chat template in the file that processors of earlier versions of transformers wrote, which the
+    tokenizer does not read."""
     file = folder / "chat_template.json"
     if not processor_class(folder) or not file.is_file() or (folder / "chat_template.jinja").is_file():
         return None

@@ -56,7 +56,8 @@ class ChatEngine:
         return {"target": self.target, "state": state, "error": self.error, "stays": stays, "models": models}
 
     async def load(self, target: str, *, stays: bool = False) -> None:
-        """Begin to load a run with its base, in place of the loaded one. `stays`: not unloaded when it is idle."""
+        """Begin to load a run with its base, in place of the loaded one. `stays`: not unloaded when it is
+        idle."""
         async with self._beginning:
             is_loading = self._task is not None and not self._task.done()
             if target == self.target and (is_loading or self._engine is not None):

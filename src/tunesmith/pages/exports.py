@@ -1,4 +1,5 @@
-"""Exports that pages start, by `tunesmith export` in a process of its own, and a run's exports with their proof."""
+"""Exports that pages start, by `tunesmith export` in a process of its own, and a run's exports with their
+proof."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ class _Scale:
 
 
 def curve(values: Record) -> Markup:
-    """The loss or reward of a run over its steps, and its held-out points; empty before there are two of any."""
+    """The loss or reward of a run over its steps, and its held-out points; empty before there are two of
+    any."""
     mean, held_out = _course(values, "mean"), _finite_pairs(values["held_out"]) if values else []
     scale = _scale([values], [mean, held_out], held_out)
     if scale is None:

@@ -30,8 +30,8 @@ EFFICIENCY = 0.4
 """Share of a card's peak that tuning reaches: 0.41 and 0.43 are published for LoRA on an H100 (NeMo AutoModel's
 performance summary, Llama 3 8B and Qwen2.5 7B)."""
 CUDA_START, CPU_LAUNCH = 18e-6, 35e-6
-"""Seconds to start one operation with the code of the model and of torch: on a card (5,300 counted operations of
-32 layers of a LoRA step take a core some 90 ms), and on a processor, which waits for it."""
+"""Seconds to start one operation with the code of the model and of torch: on a card (5,300 counted operations
+of 32 layers of a LoRA step take a core some 90 ms), and on a processor, which waits for it."""
 CUDA_CONTEXT = 800 * 2**20
 """Memory that CUDA and its libraries keep on a card for one process that computes."""
 GROUP = 400 * 2**20
@@ -43,8 +43,8 @@ CPU_MOVING = 0.65
 CPU_PRODUCT, CUDA_PRODUCT = (1024, 1024, 2048), (8192, 4096, 4096)
 """Rows, inner size and columns of the product that is timed. On a card a small one takes its launch."""
 CPU_ATTENTION, ATTENTION_S = (4, 1024, 64), 0.03
-"""Heads, tokens and head size of the causal attention that is timed, and seconds of it. On a card it is as fast as
-products; on a processor softmax takes most of it, in either precision."""
+"""Heads, tokens and head size of the causal attention that is timed, and seconds of it. On a card it is as fast
+as products; on a processor softmax takes most of it, in either precision."""
 CPU_COPIED, CUDA_COPIED = 64 * 2**20, 512 * 2**20
 """Bytes of the copy that is timed."""
 BUSY_S = 0.2

@@ -14,8 +14,8 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS
 
 CODE_S, TESTS_S, JUDGE_S = 2e-3, 0.2, 2.0
-"""Seconds of a grade by code in a process that runs, by tests in new ones, and of a judge's reply, until a grader
-is tried."""
+"""Seconds of a grade by code in a process that runs, by tests in new ones, and of a judge's reply, until a
+grader is tried."""
 DIVERGENCE_MOVED, LIST_MOVED = 16, 8
 """Times that the logits of a target are read or written in float32 where they are compared with a teacher's,
 and where the likeliest of them are listed."""

@@ -56,7 +56,7 @@ measured on such a machine, and as taken for one with a card, whose disk is not 
 FINISHING_S = 4.0
 """Report and end of the process on two cores."""
 MOST_STEPS_TRIED, MOST_SHARING_STEPS = 1000, 64
-"""Steps, evenly spread, among which the heaviest is looked for; fewer where shared prefixes have to be found."""
+"""Steps, evenly spread, among which the heaviest is sought; fewer if shared prefixes have to be found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,8 @@ class Forecaster:
             checkpoints=kept_checkpoints(recipe.checkpoint, steps, keeps_best=keeps_best) * sizes.checkpoint,
             result=4 * sizes.trained_parameters if is_adapter else sizes.weights,
         )
-        load, micro_batches = self._mean(sampler, recipe)
+        is_shared = self.rows.is_prompts and recipe.kernels == "fast"
+        load, micro_batches = self._mean(sampler, answers=recipe.reinforce.samples if is_shared else 1)
         # A gradient goes out and back once, split layers come twice a micro-batch, their gradients go once.
         share = (size - 1) / size / link(self.device)
         summing = 2 * sizes.gradients * share
@@ -233,8 +234,8 @@ class Forecaster:
         result_bytes: int,
         joined: float,
     ) -> Duration:
-        """The whole run of `steps` steps, in `step` seconds each for what is learnt. `joined`: seconds for every
-        token that is written, of layers that are split."""
+        """The whole run of `steps` steps, in `step` seconds each for what is learnt. `joined`: seconds for
+        every token that is written, of layers that are split."""
         prompts = answered_at_once(recipe.evaluation, self.rows, sampler, recomputed)
         prompts = draws.streams if draws and self.rows.is_prompts else prompts
         price = prices(sizes, load, self.device, result_bytes=result_bytes, prompts=prompts)
@@ -255,7 +256,7 @@ class Forecaster:
         if self.shown is not None and sizes.tower is not None:
             rows = float(sampler.weights_I.sum()) / sampler.steps_per_epoch / sampler.part[1]
             held = int(self.rows.held_store.lengths[self.rows.held_rows].sum())
-            known = {"evaluations": evaluations_of(recipe, steps), "held_tokens": held}
+            known = {"evaluations": evaluations_of(recipe.evaluation, steps), "held_tokens": held}
             in_step = self.shown.trained * rows
             sizes.tower.add_passes(self.shown, self.device, counted, price, in_step=in_step, **known)
         return Duration(counted, price, busy=self.device.busy)
@@ -315,8 +316,9 @@ class Forecaster:
                 loads.append(Load(tokens, targets))
         return max(loads, key=lambda load: load.targets)
 
-    def _mean(self, sampler: StepSampler, recipe: Recipe) -> tuple[Load, float]:
-        """The load of a device in a mean step, and its number of micro-batches."""
+    def _mean(self, sampler: StepSampler, *, answers: int) -> tuple[Load, float]:
+        """The load of a device in a mean step, and its number of micro-batches. `answers`: rows that share
+        a prompt, which is computed once for them."""
         weights_I = sampler.weights_I / sampler.steps_per_epoch / sampler.part[1]
         lengths_I = sampler.lengths_I.astype(np.float64)
         load = Load(
@@ -324,8 +326,7 @@ class Forecaster:
             targets=round(float(targets_of(self.rows.store)[sampler.rows_I] @ weights_I)),
             squares=round(float(lengths_I**2 @ weights_I)),
         )
-        if self.rows.is_prompts and recipe.kernels == "fast":
-            load = drawn.shared(load, recipe.reinforce.samples)
+        load = drawn.shared(load, answers)
         return load, max(1.0, load.tokens / sampler.tokens_per_pass)
 
 
@@ -356,13 +357,13 @@ def targets_of(store: RowStore) -> NDArray[np.float64]:
 
 
 def measured_tokens(rows: Splits, documents: int) -> int:
-    """Tokens that are read each time the held-out rows are measured: theirs, and of a task with a pool also those of
-    training rows whose documents are searched, up to `documents` in all."""
+    """Tokens that are read each time the held-out rows are measured: theirs, and of a task with a pool also
+    those of training rows whose documents are searched, up to `documents` in all."""
     held = int(rows.held_store.lengths[rows.held_rows].sum())
     if not TASKS[rows.task].pools or not held:
         return held
-    own, others = (int((store.branches.counts[rows_I] - 1).sum()) for store, rows_I in reversed(rows.sides))
-    share = min(1.0, max(0, documents - own) / max(1, others))
+    of_held, of_trained = (int((store.branches.counts[rows_I] - 1).sum()) for store, rows_I in reversed(rows.sides))
+    share = min(1.0, max(0, documents - of_held) / max(1, of_trained))
     return held + int(share * rows.store.lengths[rows.train_rows].sum())
 
 
@@ -389,11 +390,10 @@ def answered_at_once(evaluation: EvaluationOptions, rows: Splits, sampler: StepS
     return min(size, max(1, resolved(evaluation.samples)), len(rows.held_rows))
 
 
-def evaluations_of(recipe: Recipe, steps: int) -> int:
+def evaluations_of(options: EvaluationOptions, steps: int) -> int:
     """Times that the held-out rows are measured."""
-    every = recipe.evaluation.every
-    assert not isinstance(every, str), "it is decided with the steps"
-    return 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
+    assert not isinstance(options.every, str), "it is decided with the steps"
+    return 2 if options.every is None else 2 + (steps - 1) // options.every + (options.keep == "best")
 
 
 def counts(
@@ -409,7 +409,7 @@ def counts(
 ) -> dict[Kind, float]:
     """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured.
     `prompts`: those that are answered together; `of_step`: tokens of a device in a mean step."""
-    evaluations = evaluations_of(recipe, steps)
+    evaluations = evaluations_of(recipe.evaluation, steps)
     devices = resolved(recipe.devices)  # among which rows are dealt; the first one computes a reference
     held, trained = rows.held_store.lengths[rows.held_rows], rows.store.lengths[rows.train_rows]
     task = TASKS[resolved(recipe.task)]

@@ -61,8 +61,8 @@ class Shown:
             for store, rows_I in rows.sides
         ]
         stores = {number: store for (store, _), numbers in zip(rows.sides, sides, strict=True) for number in numbers}
-        some = sorted(stores)[:: max(1, len(stores) // LOOKED_AT)]
-        images = [stores[number].images[number] for number in some]  # type: ignore[index]
+        looked_at = sorted(stores)[:: max(1, len(stores) // LOOKED_AT)]
+        images = [stores[number].images[number] for number in looked_at]  # type: ignore[index]
         sizes = sorted(((image.width, image.height) for image in images), key=lambda size: size[0] * size[1])
         places = np.unique(np.linspace(0, len(sizes) - 1, MOST_SIZES).round().astype(int))
         measured = [placeholders.measure(*sizes[place]) for place in places]

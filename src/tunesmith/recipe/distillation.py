@@ -30,8 +30,8 @@ class Distil(OptionGroup):
     kept before training. true: at the tokens of answers that the model writes itself, from all of the teacher's
     probabilities; the teacher stays in memory."""
     top: Annotated[int, Field(ge=1, le=4096)] | Auto = "auto"
-    """The teacher's likeliest tokens that are kept for each token of a row; the others count as one. auto: 64, and
-    20 of a teacher at an address, as many as servers give that were not started for more."""
+    """The teacher's likeliest tokens that are kept for each token of a row; the others count as one. auto: 64,
+    and 20 of a teacher at an address, as many as servers give that were not started for more."""
     temperature: Annotated[float, Field(ge=0.1, le=10)] = 1.0
     """Divides the logits of both models before they are compared, and those that answers are drawn by."""
     max_new_tokens: Positive = 256

@@ -120,7 +120,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise InputError for an output file that is there already, unless it may be overwritten, or has no folder."""
+    """Raise InputError for an output file that is there already, unless it may be overwritten, or has no
+    folder."""
     if path.exists() and not overwrite:
         raise InputError(f"{path}: is there already. Choose another --out, or write over it with --overwrite.")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):

@@ -35,7 +35,8 @@ SPARE = "tunesmith.serve.spare"
 SPARE_S = 120.0
 """Without a question for so long, the spare process gives its memory back."""
 PAINT_S = 0.5
-"""Seconds for a browser on this machine to show an answer, before the next spare process takes the processor."""
+"""Seconds for a browser on this machine to show an answer, before the next spare process takes the
+processor."""
 FAILED_AGE_S = 10.0  # then a failure is tried again: what it lacked may be there
 MOST_PROGRESS = 200
 BAD_INPUT = 2

@@ -120,8 +120,8 @@ class Engine(Protocol):
         """A line for each text or pair of texts, as `tunesmith predict` writes it.
 
         Of a model that embeds: a vector for each text, cut to `dimensions` numbers, and the number of tokens
-        read; `is_query`: with the prompt of texts that search. Of a model that writes: what it finds likely at each
-        place of one prompt, a text or ids, see `ServedModel.score`; `top`: tokens that are listed.
+        read; `is_query`: with the prompt of texts that search. Of a model that writes: what it finds likely at
+        each place of one prompt, a text or ids, see `ServedModel.score`; `top`: tokens that are listed.
         """
         ...
 

@@ -282,8 +282,8 @@ class CompletionBody(SampledBody):
 
     max_tokens: int | None = Field(16, ge=1)
     prompt: Annotated[list[Any], _LISTED, AfterValidator(_text_or_ids)]
-    """A prompt, or a list of one; ids of tokens, to be scored. An empty prompt is the tokenizer's own beginning of a
-    text."""
+    """A prompt, or a list of one; ids of tokens, to be scored. An empty prompt is the tokenizer's own beginning
+    of a text."""
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_SCORED)
     """As vLLM has it: tokens that are listed at each place of the prompt, besides its own."""
 

@@ -234,8 +234,8 @@ _CALL, _WHOLE = re.compile("<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL), re.
 async def with_tool_calls(events: Events, form: ToolCallFormat, tools: Set[str]) -> Events:
     """Tool calls in place of their text, and the reason "tool_calls" for answers that have some.
 
-    hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number, after text or not (Hermes, Qwen)
-    json     the whole answer is {"name": ..., "parameters": {...}} (Llama 3)
+    hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number, after text or not (Hermes,
+    Qwen) json     the whole answer is {"name": ..., "parameters": {...}} (Llama 3)
 
     Text is passed on as it is written up to the first mark; from there on at the end, with the calls. Anything
     that is no call of one of `tools` stays text.

@@ -89,8 +89,9 @@ class ServedModel:
 
     @torch.no_grad()
     def score(self, prompt: str | Sequence[int], done: Done = lambda num: None, *, top: int) -> JsonObject:
-        """Tokens that the model finds likely at each place of a prompt, as vLLM's `prompt_logprobs`, and the one behind
-        it: {"prompt_logprobs": [null, {id: {"logprob", "rank", "decoded_token"}, ...}, ...], "text", "ended"}.
+        """Tokens that the model finds likely at each place of a prompt, as vLLM's `prompt_logprobs`, and the
+        one behind it: {"prompt_logprobs": [null, {id: {"logprob", "rank", "decoded_token"}, ...}, ...], "text",
+        "ended"}.
 
         Ids are read as they are. `done` is called with the places so far. Raises RequestError.
         """
@@ -143,8 +144,9 @@ class ServedModel:
         return images
 
     def _shown(self, images: Sequence[tuple[int, int, ImageRef]]) -> tuple[BatchImage, ...]:
-        """The images of a request, each prepared once before anything waits for it: the step that reads a prompt
-        has answers of others in it. What is more than `PREPARED_BYTES` is prepared again there. Raises RequestError.
+        """The images of a request, each prepared once before anything waits for it: the step that reads a
+        prompt has answers of others in it. What is more than `PREPARED_BYTES` is prepared again there. Raises
+        RequestError.
         """
         shown, left = list[BatchImage](), PREPARED_BYTES
         all_images = self.renderer.batch_images([[image for _, _, image in images]])

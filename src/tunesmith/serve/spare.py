@@ -1,7 +1,7 @@
 """A process that has imported what commands need and waits for one: its answer then takes as long as the work.
 
-`python -m tunesmith.serve.spare MODULE…` imports the modules one by one and reads a line of JSON, {module, words};
-with that it is `python -m module words`. Without a line it ends: its server has gone.
+`python -m tunesmith.serve.spare MODULE…` imports the modules one by one and reads a line of JSON, {module,
+words}; with that it is `python -m module words`. Without a line it ends: its server has gone.
 """
 
 from __future__ import annotations

@@ -175,20 +175,20 @@ def prepass(
     batches = list(batches)
     if world.size == 1 and len(batches) == 1:
         return partial(embedding_loss_sum, options=options)
-    found = [texts_of(batch, embed(model, batch, options)) for batch in batches]
+    of_batches = [texts_of(batch, embed(model, batch, options)) for batch in batches]
     names = [name for batch in batches for name in zip(batch.row_indices, batch.copies_B, strict=True)]
-    if not found:  # of several ranks this one has no row in the step
+    if not of_batches:  # of several ranks this one has no row in the step
         size = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
         none = torch.empty(0, dtype=torch.int64)
-        found = [Texts(torch.empty(0, size), none, none, torch.empty(0))]
-    texts, start = _of_all_ranks(joined(found), world)
+        of_batches = [Texts(torch.empty(0, size), none, none, torch.empty(0))]
+    texts, start = _of_all_ranks(joined(of_batches), world)
     with torch.enable_grad():
         vectors_LD = texts.vectors_LD.detach().requires_grad_()
         losses_B = text_losses(texts._replace(vectors_LD=vectors_LD), options)
         (gradient_LD,) = torch.autograd.grad(losses_B.sum(), vectors_LD)
     parts = torch.split(gradient_LD, texts.counts_B.tolist())[start : start + len(names)]
-    kept = dict(zip(names, zip(parts, losses_B.detach()[start : start + len(names)], strict=True), strict=True))
-    return partial(_kept_loss_sum, kept=kept, options=options)
+    by_row = dict(zip(names, zip(parts, losses_B.detach()[start : start + len(names)], strict=True), strict=True))
+    return partial(_kept_loss_sum, kept=by_row, options=options)
 
 
 def _kept_loss_sum(

@@ -20,7 +20,8 @@ SEEING_METHODS = ("lora", "dora", "full")
 
 
 def decide_seeing(decisions: Decisions, rows: Splits) -> None:
-    """Decide what full tuning trains where rows have images. Raises RecipeError for options that forbid images."""
+    """Decide what full tuning trains where rows have images. Raises RecipeError for options that forbid
+    images."""
     recipe = decisions.recipe
     if not rows.has_images:
         return

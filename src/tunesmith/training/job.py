@@ -104,8 +104,8 @@ def resume_run(
     if is_alone and run.state() == "done" and _missing_exports(run):
         with watch(True) as watcher:
             made = plural(len(_make_exports(run, watcher)), "export")
-            given = {"--track (see `tunesmith track`)": trackers, "--set": settings}
-            unused = " and ".join(option for option, words in given.items() if words)
+            unused_options = {"--track (see `tunesmith track`)": trackers, "--set": settings}
+            unused = " and ".join(option for option, words in unused_options.items() if words)
             ignored = f". {unused} had no effect" if unused else ""
             watcher.say(f"{run.path}: it was done except for {made}, made now{ignored}")
         return run

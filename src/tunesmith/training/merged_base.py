@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ MOST_KL = 5e-3
 
 
 MOST_LOSS, MOST_ERROR = 0.02, 0.01
-"""The same for its loss, in nats, and for vectors and numbers, as a share of them."""
+"""Largest change of its loss, in nats, and of vectors and numbers, as a share of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class Start:
 
     model: str
     note: str | None = None
-    """Where it comes from, if it is the result of a run."""
+    """The run that the model is the result of, in words; None: it is no run's."""
     precision: str | None = None
     """The precision that it needs so as to answer as it was measured; None: any."""
 
@@ -115,35 +114,35 @@ def _merge(run: Run, merged: Path, *, offline: bool) -> None:
             return
         remove(merged)
         # A merge is never written into quantised weights.
-        speaker = load_run(run, offline=offline, as_trained=False)
-        collator, rows = _rows(run, speaker)
-        measured = _answers(speaker, collator, rows)
-        speaker.attachment.merge()
-        is_whole = speaker.model.dtype == torch.float32
+        loaded = load_run(run, offline=offline, as_trained=False)
+        collator, rows = _rows(run, loaded)
+        measured = _answers(loaded, collator, rows)
+        loaded.attachment.merge()
+        is_whole = loaded.model.dtype == torch.float32
         if is_whole:
-            _save(run, speaker)
-            for weight in speaker.model.parameters():
+            _save(run, loaded)
+            for weight in loaded.model.parameters():
                 weight.data.copy_(weight.data.bfloat16())
-        distance = _distance(measured, _answers(speaker, collator, rows), speaker)
+        distance = _distance(measured, _answers(loaded, collator, rows), loaded)
         if distance.needs_float32 and not is_whole:
-            del speaker, collator
+            del loaded, collator
             free_cached_memory()
-            speaker = load_run(run, offline=offline, as_trained=False, on={"precision": "float32"})
-            speaker.attachment.merge()
+            loaded = load_run(run, offline=offline, as_trained=False, on={"precision": "float32"})
+            loaded.attachment.merge()
         if not is_whole:
-            _save(run, speaker)
+            _save(run, loaded)
         (merged / FACTS).write_bytes(to_json(asdict(distance), indent=True) + b"\n")
         write_atomic(merged / MADE_OF, to_json(_adapter_hashes(run)))  # last: then the rest is whole
 
 
-def _save(run: Run, speaker: LoadedModel) -> None:
+def _save(run: Run, loaded: LoadedModel) -> None:
     adapter = ModelRef("folder", run.adapter_path, str(run.adapter_path))
-    renderer = speaker.renderer
-    how: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pooling": renderer.pooling}
-    save_model(speaker.model, renderer.tokenizer, run.merged_path, located=adapter, **how)
+    renderer = loaded.renderer
+    ends, pooling = renderer.stop_ids, renderer.pooling
+    save_model(loaded.model, renderer.tokenizer, run.merged_path, located=adapter, stop_ids=ends, pooling=pooling)
 
 
-def _rows(run: Run, speaker: LoadedModel) -> tuple[Collator | None, list[int]]:
+def _rows(run: Run, loaded: LoadedModel) -> tuple[Collator | None, list[int]]:
     """Rows to compare on, as the run kept them: held-out ones, else training rows; none if they are gone."""
     after = run.evaluation_path / "after.jsonl"
     lines = map(from_json, after.read_bytes().splitlines()[:COMPARED_ROWS]) if after.is_file() else ()
@@ -154,23 +153,23 @@ def _rows(run: Run, speaker: LoadedModel) -> tuple[Collator | None, list[int]]:
             continue
         nums = np.flatnonzero(np.isin(store.hashes, wanted)) if len(wanted) else np.arange(len(store))
         if len(nums):
-            write_targets([(store, nums)], masked=masked_share(speaker))
-            return feed(speaker, store), nums[:COMPARED_ROWS].tolist()
+            write_targets([(store, nums)], masked=masked_share(loaded))
+            return feed(loaded, store), nums[:COMPARED_ROWS].tolist()
     return None, []
 
 
-def _answers(speaker: LoadedModel, collator: Collator | None, rows: list[int]) -> list[tuple[Tensor, Tensor]]:
+def _answers(loaded: LoadedModel, collator: Collator | None, rows: list[int]) -> list[tuple[Tensor, Tensor]]:
     """Logits [N, V] in float32 and targets [N] of each row, `MOST_TARGETS` of them at most."""
     answers = []
     for row in rows:
         assert collator is not None, "there are rows"
         batch = collator.batch([row], draw=0)
-        with eval_mode(speaker.model):
-            if speaker.head == "vector":
-                logits_NV = hidden_states(speaker.model, batch)[batch.predict_N]
+        with eval_mode(loaded.model):
+            if loaded.head == "vector":
+                logits_NV = hidden_states(loaded.model, batch)[batch.predict_N]
             else:
-                forward = sequence_logits if speaker.head == "sequence" else logits_at_targets
-                logits_NV = forward(speaker.model, batch)
+                forward = sequence_logits if loaded.head == "sequence" else logits_at_targets
+                logits_NV = forward(loaded.model, batch)
         num = len(logits_NV)
         spread_N = torch.linspace(0, num - 1, min(num, MOST_TARGETS), device=logits_NV.device).long()
         targets_N = batch.targets_N[spread_N] if len(batch.targets_N) == num else batch.targets_N
@@ -179,14 +178,14 @@ def _answers(speaker: LoadedModel, collator: Collator | None, rows: list[int]) -
 
 
 def _distance(
-    measured: list[tuple[Tensor, Tensor]], merged: list[tuple[Tensor, Tensor]], speaker: LoadedModel
+    measured: list[tuple[Tensor, Tensor]], merged: list[tuple[Tensor, Tensor]], loaded: LoadedModel
 ) -> Distance:
     """The distance of a merged base's answers from the answers of base and adapter."""
     if not measured:
         return Distance("how far it is from what was measured is not known: the rows of that run are gone")
     p_NV, q_NV = (torch.cat([logits_NV for logits_NV, _ in side]) for side in (measured, merged))
-    kind = "" if speaker.labels is None else speaker.labels.kind
-    if speaker.head == "vector" or kind == "number":
+    kind = "" if loaded.labels is None else loaded.labels.kind
+    if loaded.head == "vector" or kind == "number":
         error = float(((q_NV - p_NV).norm(dim=-1) / p_NV.norm(dim=-1).clamp_min(1e-9)).mean())
         return Distance(f"in 16 bits its answers differ by {percent(error, 2)} from those measured", error > MOST_ERROR)
     if kind == "many":  # two classes for each label
@@ -194,7 +193,7 @@ def _distance(
     log_p, log_q = p_NV.double().log_softmax(-1), q_NV.double().log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0).mean())
     text, change = f"in 16 bits its KL divergence from the model that was measured is {kl:.2g} nats", 0.0
-    if speaker.labels is None:
+    if loaded.labels is None:
         targets_N = torch.cat([targets_N for _, targets_N in measured])[:, None]
         change = float((log_p.gather(-1, targets_N) - log_q.gather(-1, targets_N)).mean())
         text += f", its loss {change:+.4f}"

@@ -1,4 +1,4 @@
-"""Rows that are to be drawn, as a forecast counts them: each answer as long as it may be, with its prompt."""
+"""Rows that a run will draw, as a forecast counts them: each prompt with an answer of full length."""
 
 # I rows
 
@@ -14,31 +14,32 @@ from numpy.typing import NDArray
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.encode import SCHEMA
 from tunesmith.data.splits import Splits
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.distillation import Distil
+from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.types import Aside
 
 OF_ANSWERS = (
     "memory and time are foreseen for answers of {:,} tokens each ({}.max_new_tokens): shorter ones take less; a probe "
     "takes them as long as they are at first"
 )
-STREAMS = {"cpu": 128}
+USUAL_STREAMS = {"cpu": 128}
 STREAMS_ON_CARD = 256
 
 
 def streams_of(answers: int, device: str) -> int:
     """The value of `reinforce.streams: auto` on a device, from the answers of a draw."""
-    return min(answers, STREAMS.get(device.partition(":")[0], STREAMS_ON_CARD))
+    return min(answers, USUAL_STREAMS.get(device.partition(":")[0], STREAMS_ON_CARD))
 
 
-def as_answers(rows: Splits, recipe: Recipe) -> tuple[Splits, list[str]]:
+def as_answers(rows: Splits, reinforce: Reinforce, distil: Distil) -> tuple[Splits, list[str]]:
     """The training rows of a forecast, and a note where they are those that will be drawn: of task reinforce
     `reinforce.samples` rows for each prompt, one behind the other; on policy one for each row. Their store has
     lengths and targets and no tokens."""
     if rows.is_prompts:
-        options = recipe.reinforce
-        return _drawn(rows, options.samples, options.max_new_tokens), [_note("reinforce", options.max_new_tokens)]
-    if recipe.distil.on_policy:
-        new = recipe.distil.max_new_tokens
+        new = reinforce.max_new_tokens
+        return _drawn(rows, reinforce.samples, new), [_note("reinforce", new)]
+    if distil.on_policy:
+        new = distil.max_new_tokens
         store = copy(rows.store)
         store.lengths = (prompt_lengths(rows.store) + new).astype(np.int32)
         store.targets = np.full(len(store.lengths), new, np.int32)

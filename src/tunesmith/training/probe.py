@@ -274,13 +274,13 @@ def _teach(setup: Setup) -> Timed | None:
     if teacher is None:
         return None
     store, rows_I = rows.sides[1 if teacher.options.on_policy else 0]
-    some = [store.row(int(row)) for row in rows_I[:: max(1, len(rows_I) // TAUGHT)][:TAUGHT]]
+    sample = [store.row(int(row)) for row in rows_I[:: max(1, len(rows_I) // TAUGHT)][:TAUGHT]]
     seconds, tokens = 0.0, 0
-    for start in range(0, len(some), TAUGHT_AT_ONCE):
-        began, part = time.perf_counter(), some[start : start + TAUGHT_AT_ONCE]
+    for start in range(0, len(sample), TAUGHT_AT_ONCE):
+        began, part = time.perf_counter(), sample[start : start + TAUGHT_AT_ONCE]
         for _ in teacher.lists(part):
             pass
-        if start or len(some) <= TAUGHT_AT_ONCE:  # the very first are slower
+        if start or len(sample) <= TAUGHT_AT_ONCE:  # the very first are slower
             seconds += time.perf_counter() - began
             tokens += sum(len(row.ids) for row in part)
         if seconds > LOOKS_S:

@@ -45,7 +45,7 @@ from tunesmith.planning.forecast import Forecast, Forecaster, measured_tokens
 from tunesmith.planning.memory import TORCH_DTYPES
 from tunesmith.planning.tower import Shown
 from tunesmith.recipe.docs import changed
-from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
+from tunesmith.recipe.schema import EvaluationOptions, Recipe, Train, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.image_parts import decide_seeing, forecast_notes
@@ -199,7 +199,8 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
         prompts = resolved(decisions.recipe.train.rows_per_step) * options.updates
         of_device = -(-prompts // resolved(decisions.recipe.devices)) * options.samples
         decisions.set("reinforce.streams", streams_of(of_device, facts.device))
-    steps_per_epoch = sampler_of(decisions.recipe, rows, "padded", "cpu").steps_per_epoch  # same on any layout
+    train, seed = decisions.recipe.train, decisions.recipe.seed
+    steps_per_epoch = sampler_of(train, rows, "padded", "cpu", seed=seed).steps_per_epoch  # same on any layout
     if decisions.recipe.evaluation.every == "epoch":
         why = next((choice.reason for choice in decisions.choices if choice.key == "evaluation.every"), "")
         reason = f"the steps of an epoch: {why}" if why else "the steps of an epoch"
@@ -207,7 +208,7 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
     decide_measuring(
         decisions,
         facts,
-        steps=total_steps(decisions.recipe.train, steps_per_epoch),
+        steps=total_steps(train, steps_per_epoch),
         held_tokens=facts.held_tokens,
         writes=inputs.head == "next_token",
         speaks=_speaks(inputs),
@@ -218,7 +219,7 @@ def _steps_of(
     recipe: Recipe, layout: Layout, model: Any, *, inputs: Inputs, rows: Splits, kind: str, size: int
 ) -> StepSampler:
     """The steps of a forecast on so many devices of a kind."""
-    sampler = replace(sampler_of(recipe, rows, layout, kind), part=(0, size))
+    sampler = replace(sampler_of(recipe.train, rows, layout, kind, seed=recipe.seed), part=(0, size))
     if rows.is_prompts:
         return replace(sampler, rows_per_step=sampler.rows_per_step * recipe.reinforce.samples)
     if recipe.distil.on_policy:  # whose answers share nothing
@@ -243,7 +244,7 @@ def _forecast(
     anything, nothing is decided, but `notes` may have got some. `folder`: see `_saving`. `free_tokens`: whether
     memory may decide train.tokens_per_pass; `other_models`: bytes of their weights."""
     recipe = decisions.folded()
-    rows, answer_notes = as_answers(rows, recipe)
+    rows, answer_notes = as_answers(rows, recipe.reinforce, recipe.distil)
     notes += answer_notes
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
@@ -418,7 +419,7 @@ def _check_evaluation(evaluation: EvaluationOptions, head: HeadName, rows: Split
         )
 
 
-def sampler_of(recipe: Recipe, rows: Splits, layout: Layout, device: str) -> StepSampler:
+def sampler_of(train: Train, rows: Splits, layout: Layout, device: str, *, seed: int) -> StepSampler:
     """The sampler that decides which rows make which step, on such a device."""
     weights_I, sources_I = _weights(rows)
     return StepSampler(
@@ -426,11 +427,11 @@ def sampler_of(recipe: Recipe, rows: Splits, layout: Layout, device: str) -> Ste
         weights_I=weights_I,
         sources_I=sources_I,
         lengths_I=rows.store.lengths_in(layout)[rows.train_rows],
-        rows_per_step=resolved(recipe.train.rows_per_step),
-        tokens_per_pass=resolved(recipe.train.tokens_per_pass),
+        rows_per_step=resolved(train.rows_per_step),
+        tokens_per_pass=resolved(train.tokens_per_pass),
         layout=layout,
         pass_cost=pass_cost(device),
-        seed=recipe.seed,
+        seed=seed,
         targets_I=rows.store.targets[rows.train_rows] if layout == "encoder_decoder" else None,
     )
 

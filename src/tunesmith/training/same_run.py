@@ -62,12 +62,12 @@ def settings_of_group(recipe: Recipe, world: World) -> list[str]:
     """Settings of a run that is resumed on another number of devices: as many threads in all as before, and
     whole layers if it is alone now."""
     before = 1 if recipe.devices == "auto" else recipe.devices
-    whole = ["shard=false"] if world.size == 1 and recipe.shard is True else []
+    unsharded = ["shard=false"] if world.size == 1 and recipe.shard is True else []
     if before == world.size:
-        return whole
+        return unsharded
     threads = max(1, resolved(recipe.threads) * before // world.size)
     is_cpu = recipe.device == "cpu" and threads != recipe.threads
-    return [*whole, f"devices={world.size}", *([f"threads={threads}"] if is_cpu else [])]
+    return [*unsharded, f"devices={world.size}", *([f"threads={threads}"] if is_cpu else [])]
 
 
 def with_settings(run: Run, settings: Sequence[str]) -> Recipe:

@@ -3,10 +3,10 @@
     POST ADDRESS/completions {model, prompt: [ids], prompt_logprobs: K, max_tokens: 1, temperature: 0}
     choices[0].prompt_logprobs [null, {"id": {"logprob", "rank", "decoded_token"}, ...}, ...]
 
-Entry t has the K likeliest tokens at place t of the prompt, given those before it, and the prompt's own token there.
-Nothing of a reply is believed: it has an entry for each token sent, each entry has that token, every id that it names
-has the text that ours has, and its numbers are log-probabilities. Servers that give the texts of tokens in place of
-their ids (`echo` with `logprobs`) are not asked: two ids can have one text.
+Entry t has the K likeliest tokens at place t of the prompt, given those before it, and the prompt's own token
+there. Every reply is checked: it needs an entry for each token sent, each entry needs that token, every id that
+it names needs the text that it has here, and its numbers have to be log-probabilities. Servers that return
+texts of tokens in place of ids (`echo` with `logprobs`) are not supported: two ids can have the same text.
 """
 
 # T tokens of a prompt, N targets of a row, K listed tokens, C numbers of a target
@@ -45,8 +45,8 @@ ENTRY_BYTES, HEAD_BYTES = 512, 2**20
 SURE = 1e-3
 """Most that rounding adds to probabilities that sum to one."""
 SAME = 0.1
-"""Nats by which the likeliest tokens of a kept list may be off, in the mean, from what the server says now: another
-batch moves a model in bfloat16 by less, another model by more."""
+"""Nats by which the likeliest tokens of a kept list may be off, in the mean, from what the server says now:
+another batch moves a model in bfloat16 by less, another model by more."""
 UNCHECKED = "\ufffd"
 """Text of a piece of a character, which servers put together with its neighbours."""
 _OTHER_WAYS = (
@@ -65,19 +65,19 @@ class _ReplyError(Exception):
 
 @dataclass
 class ServedTeacher:
-    """A model at an address that is asked, and not trained. It computes at temperature 1."""
+    """A model at an address that scores prompts and is not trained. It computes at temperature 1."""
 
     options: Distil
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer of the model that learns."""
     offline: bool = False
     replies: KeptReplies | None = None
-    """Replies that were paid for, while they are gathered."""
+    """Replies to rows, kept until all are there: a server may charge for them."""
     drawn_replies: KeptReplies | None = None
-    """Replies to answers that were drawn, so that a step made again finds the same."""
+    """Replies to drawn answers, so that a step that is made again gets the same numbers."""
     _is_proven: bool = False
     _same_text: set[int] = field(default_factory=set)
-    """Ids whose text was compared."""
+    """Ids whose text was compared with the server's."""
 
     @property
     def address(self) -> str:
@@ -90,7 +90,7 @@ class ServedTeacher:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of its address and name: all that can be known of it."""
+        """SHA-256 of its address and name; nothing else of it is known."""
         return hashlib.sha256(orjson.dumps([self.address, self.options.model])).hexdigest()
 
     @property
@@ -100,15 +100,15 @@ class ServedTeacher:
 
     @property
     def top(self) -> int:
-        """Tokens of a list: at least one is left for the rest."""
+        """Number of tokens in a list; at least one token of the vocabulary is left for the rest."""
         return min(resolved(self.options.top), self.vocabulary - 1)
 
     def free(self) -> None:
-        """Nothing of it is in memory."""
+        """Do nothing: the model is not in this machine's memory."""
 
     def prove(self) -> None:
-        """Have a prompt of tokens from everywhere in the vocabulary scored, once. Raises RecipeError for a server
-        that cannot, and for one whose tokens are others; InputError for a key that is not set."""
+        """Have a prompt of tokens from everywhere in the vocabulary scored, once. Raises RecipeError for a
+        server that cannot, and for one whose tokens are others; InputError for a key that is not set."""
         if self._is_proven:
             return
         name = f"distil.teacher: {self.address}"
@@ -142,7 +142,7 @@ class ServedTeacher:
         return [of_rows[i][:, 0] for i in range(len(rows))]
 
     def refuse_other(self, row: Row, before_NC: NDArray[np.float32], place: object) -> None:
-        """Raise RecipeError where the server now says otherwise of a row than what was kept of it."""
+        """Raise RecipeError if the server's numbers of a row differ from the kept ones."""
         ((_, now_NC),) = self._asked([row], self._list_of, None)
         listed = [dict(zip(now_C[: self.top], now_C[self.top :], strict=False)) for now_C in now_NC]
         pairs = zip(listed, before_NC, strict=True)
@@ -157,8 +157,8 @@ class ServedTeacher:
     def _asked(
         self, rows: Sequence[Row], numbers: Numbers, replies: KeptReplies | None, *, top: int | None = None
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """The number of each row and the `numbers` of each of its targets: of rows with a kept reply first. `top`:
-        tokens that are listed at a place; None: as in a list."""
+        """The number of each row and the `numbers` of each of its targets: of rows with a kept reply first.
+        `top`: tokens that are listed at a place; None: as in a list."""
         self.prove()
         keys = [key_of(row.ids, row.trained) for row in rows]
         left = []
@@ -202,8 +202,8 @@ class ServedTeacher:
         return np.array(of_places, np.float32)
 
     def _entries(self, ids: Sequence[int], numbers: Numbers, wanted: Container[int], top: int) -> list[list[float]]:
-        """`numbers` of the entry at each wanted place of a prompt. Every entry is held against the prompt. Raises
-        RemoteError, _ReplyError."""
+        """`numbers` of the entry at each wanted place of a prompt. Every entry is held against the prompt.
+        Raises RemoteError, _ReplyError."""
         body: JsonObject = {"model": self.options.model, "prompt": ids, "prompt_logprobs": top}
         body |= {"max_tokens": 1, "temperature": 0}
         reply = remote.post(

@@ -69,7 +69,7 @@ PROBED = 3
 
 @dataclass
 class Setup(TrainState):
-    """A run before its first step: the state of training, and what evaluation, report and result need besides."""
+    """A run before its first step: the state of training, and what evaluation, report and result need."""
 
     model: PreTrainedModel
     choices: list[Choice]
@@ -108,7 +108,7 @@ class Setup(TrainState):
         return can_generate(self.head, is_causal=self.sampler.layout != "encoder_decoder", max_tokens=self.max_tokens)
 
     def whole_weights(self) -> JsonObject:
-        """{"weights"} of a model whose trained layers are split, on the first rank; every rank has to call it."""
+        """{"weights"} of a model whose trained layers are split, on the first rank. Every rank calls it."""
         if not self.attachment.shards:
             return {}
         from tunesmith.parallel.fsdp import whole_weights
@@ -207,7 +207,8 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     output, loss_notes = _output_layer(model) if in_pieces else (None, [])
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
-    sampler = replace(sampler_of(recipe, rows, layout, device), part=world.part, is_even=world.is_sharded)
+    sampler = sampler_of(recipe.train, rows, layout, device, seed=recipe.seed)
+    sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing_choices = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store, collator.image_token) if collator.shares else sampler
     drawing = _drawing(plan, attachment, output, shares=collator.shares)
@@ -429,7 +430,7 @@ def _identity(
 def refuse_small_disk(setup: Setup, folder: Path) -> None:
     """Raise DoesNotFitError where the disk of `folder` has less free space than checkpoints and result take.
 
-    `folder`: the runs folder, a new run's folder, or the folder of a resumed run, whose checkpoints are replaced.
+    `folder`: the runs folder, a new run's folder, or a resumed run's folder, whose checkpoints are replaced.
     """
     attachment, num_snapshots = setup.attachment, setup.recipe.checkpoint.snapshots
     trained_bytes = 4 * attachment.num_trained  # in float32; of a split run more than this process holds

@@ -16,7 +16,7 @@ from tunesmith.data.branches import lines_of
 from tunesmith.data.check import spans_of
 from tunesmith.data.in_memory import IN_MEMORY
 from tunesmith.data.labels import count_classes
-from tunesmith.data.splits import Splits, mix
+from tunesmith.data.splits import mix
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
@@ -44,19 +44,15 @@ def start_values(setup: Setup) -> JsonObject:
     return {"model": setup.located.name, "versions": versions(setup.recipe), "identity": dict(setup.identity)}
 
 
-def _in_short(recipe: Recipe, model: str, rows: Splits) -> JsonObject:
-    """Values that every account of a run begins with."""
-    kinds = {
-        "model": model_shown(model),
-        "task": recipe.task,
-        "method": recipe.method.name,
-        "precision": recipe.precision,
-    }
-    return {**kinds, "mix": mix(rows.data, rows.trained_per_file)}
+def _in_short(run: Setup | ResolvedRun, model: str) -> JsonObject:
+    """Values that every account of a run begins with. `model`: its name."""
+    recipe = run.recipe
+    kinds = {"model": model_shown(model), "task": recipe.task, "method": recipe.method.name}
+    return {**kinds, "precision": recipe.precision, "mix": mix(run.rows.data, run.rows.trained_per_file)}
 
 
 def _choices(choices: Sequence[Choice]) -> list[JsonObject]:
-    return [{"key": one.key, "value": plain(one.value), "reason": one.reason} for one in choices]
+    return [{"key": choice.key, "value": plain(choice.value), "reason": choice.reason} for choice in choices]
 
 
 _UNUSUAL: Mapping[str, Callable[[Choice], bool]] = {
@@ -80,7 +76,7 @@ def plan_values(setup: Setup) -> JsonObject:
     """Values of the "plan" event: what will be done, and why."""
     sampler = setup.sampler
     return {
-        **_in_short(setup.recipe, setup.located.name, setup.rows),
+        **_in_short(setup, setup.located.name),
         "given": setup.given,
         "choices": _choices(setup.choices),
         "unusual": unusual(setup.choices),
@@ -112,16 +108,18 @@ def plan_timing(setup: Setup) -> JsonObject:
 
 def resolved_values(found: ResolvedRun) -> JsonObject:
     """Output of `tunesmith plan`: the values of a "plan" event that are known before the model is loaded."""
-    recipe, forecast = found.recipe, found.forecast
-    sampler = sampler_of(recipe, found.rows, "padded", recipe.device) if forecast is None else forecast.sampler
+    recipe, rows, forecast = found.recipe, found.rows, found.forecast
+    sampler = (
+        forecast.sampler if forecast else sampler_of(recipe.train, rows, "padded", recipe.device, seed=recipe.seed)
+    )
     return {
-        **_in_short(recipe, found.inputs.located.name, found.rows),
+        **_in_short(found, found.inputs.located.name),
         "given": found.given,
         "choices": _choices(found.choices),
         "rows": {
-            "train": len(found.rows.train_rows),
-            "held_out": len(found.rows.held_rows),
-            "skipped": found.rows.skipped,
+            "train": len(rows.train_rows),
+            "held_out": len(rows.held_rows),
+            "skipped": rows.skipped,
         },
         "tokens_per_epoch": int(sampler.lengths_I @ sampler.weights_I),
         "tokens_per_step": float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch,
@@ -130,7 +128,7 @@ def resolved_values(found: ResolvedRun) -> JsonObject:
         "trained_parameters": 0 if forecast is None else forecast.sizes.trained_parameters,
         "total_parameters": found.inputs.size.num_params,
         "device": _named(recipe.device if forecast is None else forecast.device.name, resolved(recipe.devices)),
-        "warnings": [*found.inputs.notes, *found.notes, *found.rows.notes, *(forecast.sizes.notes if forecast else ())],
+        "warnings": [*found.inputs.notes, *found.notes, *rows.notes, *(forecast.sizes.notes if forecast else ())],
         "recipe": recipe.model_dump(mode="json"),
         "forecast": None if forecast is None else forecast.values(),
     }
@@ -144,7 +142,7 @@ def report_facts(setup: Setup) -> JsonObject:
     """Facts for the report, without its metrics."""
     return {
         "name": run_name(setup),
-        **_in_short(setup.recipe, setup.located.name, setup.rows),
+        **_in_short(setup, setup.located.name),
         "rows": row_counts(setup),
         "device": _named(setup.device, setup.world.size),
         "threads": resolved(setup.recipe.threads),

@@ -1,13 +1,13 @@
-"""Draws what a step of task distil learns on policy: an answer to each prompt by the model itself, read by the
-teacher.
+"""Draw the rows that a step of task distil learns on policy: the model answers each prompt, the teacher reads
+it.
 
-On this machine the teacher says all that it finds at each token. At an address it says log π_T of the token that was
-drawn, by μ, and the advantage of the token is log π_T − log μ, without discount and without baseline. Its mean over
-drawn tokens has the gradient of the reverse divergence, and the loss of a step is an estimate of it: Lu and Thinking
-Machines Lab 2025, "On-Policy Distillation".
+A teacher on this machine gives its logits at each token. One at an address gives log π_T of the drawn token,
+which μ drew, and the token's advantage is log π_T − log μ, without discount and without baseline.
+Its mean over drawn tokens has the gradient of the reverse divergence, and the loss of a step is an estimate of
+it: Lu and Thinking Machines Lab 2025, "On-Policy Distillation".
 
-An answer follows from the weights, the seed, the step and the row, and what the teacher finds from the answer:
-a run that goes on is one that never stopped.
+An answer is a function of the weights, the seed, the step and the row; the teacher's numbers are a function of
+the answer. So a resumed run equals one that never stopped.
 """
 
 # N trained tokens of an answer, D hidden size of the teacher
@@ -51,7 +51,7 @@ BY_TOKENS = Reinforce()
 
 @dataclass
 class Distilling:
-    """`TrainState.draw` of a run that learns from its own answers as a teacher would go on."""
+    """`TrainState.draw` of a run that learns a teacher's probabilities at the tokens of its own answers."""
 
     recipe: Recipe
     renderer: Renderer
@@ -60,8 +60,8 @@ class Distilling:
     """The output layer of the model, as its losses take it."""
 
     def __call__(self, state: TrainState, step: int) -> Drawn:
-        """The answers that a step learns, with what the teacher says of each token. Each rank draws some of them, and
-        asks the teacher of those that it learns. Raises TeacherError."""
+        """The answers that a step learns, with what the teacher says of each token. Each rank draws some of
+        them, and asks the teacher of those that it learns. Raises TeacherError."""
         rows, began = list(state.sampler.rows(step)), time.perf_counter()
         answers = self._answers(state, rows, step)
         drawn_s = time.perf_counter() - began
@@ -126,8 +126,8 @@ def taught_by(
 
 
 def _teacher_here(plan: ResolvedRun, world: World) -> Teacher:
-    """The teacher on this machine. Off policy the first rank of a machine alone loads it, and the others know whose
-    lists they read."""
+    """The teacher on this machine. Off policy the first rank of a machine alone loads it, and the others know
+    whose lists they read."""
     recipe, tokenizer, leader = plan.recipe, plan.inputs.renderer.tokenizer, leader_of(world)
     if not recipe.distil.on_policy and world.rank != leader:
         identity, device = world.wait_for(f"teacher of {leader}", leader)
@@ -146,7 +146,7 @@ def _teacher_here(plan: ResolvedRun, world: World) -> Teacher:
 
 
 def prompt_of(row: Row) -> NDArray[np.int32]:
-    """The ids before the last answer of a row, as serving feeds them."""
+    """The ids before the last answer of a row: the prompt as serving would feed it."""
     untrained = np.flatnonzero(~row.trained[: np.flatnonzero(row.trained)[-1]])
     return row.ids[: int(untrained[-1]) + 1]
 

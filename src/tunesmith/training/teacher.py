@@ -1,5 +1,5 @@
-"""The teacher of a run of task distil: found, compared with the model that learns,
-and what it finds likely, kept.
+"""The teacher of a run of task distil: loaded, compared with the model that learns, its likely tokens written
+down.
 
     rows/<side>/<key>-<digest>.teacher    float32 [M, C], see `data.teacher_rows.columns`
 
@@ -61,16 +61,16 @@ _OTHER_WAYS = (
 
 @dataclass
 class Teacher:
-    """A model that is read, and not trained."""
+    """A model that reads rows and is not trained."""
 
     loaded: LoadedModel | None
     """None: it has left the memory."""
     options: Distil
     vocabulary: int
-    """Tokens that both models have; more are padding of one of them."""
+    """Number of tokens that both models have; further ones are padding of one model."""
     output: OutputLayer | None
     identity: dict[str, str]
-    """Hashes of all that its answers follow from."""
+    """Hashes of everything that its answers depend on."""
     device: str
     """The device that it computes on."""
 
@@ -81,12 +81,12 @@ class Teacher:
 
     @property
     def top(self) -> int:
-        """Tokens of a list: at least one is left for the rest."""
+        """Number of tokens in a list; at least one token of the vocabulary is left for the rest."""
         return min(resolved(self.options.top), self.vocabulary - 1)
 
     @property
     def computed(self) -> Mapping[str, Any]:
-        """Settings of this machine that its numbers follow from."""
+        """Settings of this machine that its numbers depend on."""
         return {
             "computed": [self.device, torch.get_num_threads()],
             "torch": torch.__version__,
@@ -94,7 +94,7 @@ class Teacher:
         }
 
     def free(self) -> None:
-        """Let the model go."""
+        """Free the memory of the model."""
         self.loaded = self.output = None
         gc.collect()
         free_cached_memory()
@@ -201,9 +201,9 @@ def use_teacher(
     """Write what the teacher finds likely into the rows that need it: those that are measured, and those that
     are trained on unless answers are drawn. It then leaves the memory, unless it is needed at each step.
 
-    `run_rows`: the run's folder of rows, where it finds them when it goes on, and what a server has said of them
-    until all are there. The first rank of a machine has the rows read, and the others find its lists. Raises
-    StorageError, TeacherError, and DoesNotFitError for a disk without room.
+    `run_rows`: the run's folder of rows, where it finds them when it goes on, and what a server has said of
+    them until all are there. The first rank of a machine has the rows read, and the others find its lists.
+    Raises StorageError, TeacherError, and DoesNotFitError for a disk without room.
     """
     if teacher is None:
         return
@@ -238,8 +238,8 @@ def leader_of(world: World) -> int:
 
 
 def stand_in(teacher: AnyTeacher | None, rows: Splits, longest: int) -> None:
-    """Lists that say nothing, for a run that is tried: a teacher on this machine reads a row of `longest` tokens,
-    for its memory."""
+    """Lists that say nothing, for a run that is tried: a teacher on this machine reads a row of `longest`
+    tokens, for its memory."""
     if teacher is None:
         return
     if isinstance(teacher, Teacher):

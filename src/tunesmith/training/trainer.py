@@ -346,7 +346,8 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
 
 
 def _have_rows_read(session: Session) -> None:
-    """Have the teacher read the rows, if there is one; where one at an address is silent, how to go on is said."""
+    """Have the teacher read the rows, if there is one; where one at an address is silent, how to go on is
+    said."""
     setup, run = session.setup, session.run
     try:
         use_teacher(setup.teacher, setup.rows, run.rows_path, setup.world, on_progress=session.listener.on_progress)
@@ -405,8 +406,8 @@ def _take_steps(session: Session) -> None:
 
 @contextmanager
 def _saved_ungraded(session: Session) -> Iterator[None]:
-    """A block whose answers are graded, or read by a teacher at an address: where too few have a reward, or it is
-    silent, the steps so far are saved, and how to go on is said."""
+    """A block whose answers are graded, or read by a teacher at an address: where too few have a reward, or it
+    is silent, the steps so far are saved, and how to go on is said."""
     try:
         yield
     except (UngradedError, TeacherError) as error:
