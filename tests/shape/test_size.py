@@ -46,7 +46,7 @@ ROOMS = {
     "summaries": (655, "what commands and pages say in the same words, which were in cli, pages and phrases before"),
     "trackers": (750, "four experiment trackers"),
     "training": (
-        6_075,
+        6_080,
         "the loop, a run around it, answers drawn and planned, teachers here and at addresses, packing",
     ),
 }
