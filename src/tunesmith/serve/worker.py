@@ -171,7 +171,7 @@ class Worker:
         served = self._registry.models.get(model)
         if isinstance(served, Embedder):
             return served.embed(texts, done, **how)
-        if isinstance(served, ServedModel) and how:
+        if isinstance(served, ServedModel) and "top" in how:  # a prompt to be scored
             return served.score(texts, done, **how)
         return self._registry.find(model, Classifier).classify(texts, done)
 
