@@ -25,6 +25,15 @@ function side(model) {
   return {box, head: name, words, count};
 }
 
+/** The server's answer to a request. Throws its words where it refuses. */
+async function post(address, body, signal) {
+  const answer = await fetch(address, {
+    method: "POST", headers: {"Content-Type": "application/json", "X-Tunesmith": "1"}, body: JSON.stringify(body), signal,
+  });
+  if (!answer.ok) throw new Error(await failure(answer));
+  return answer;
+}
+
 async function chat(model, part, signal) {
   const history = histories.get(model.name) ?? [];
   const system = at("system").value.trim();
@@ -34,10 +43,7 @@ async function chat(model, part, signal) {
     temperature: Number(at("temperature").value), max_tokens: Number(at("most").value), seed: Number(at("seed").value),
   };
   const begun = performance.now();
-  const answer = await fetch("/v1/chat/completions", {
-    method: "POST", headers: {"Content-Type": "application/json", "X-Tunesmith": "1"}, body: JSON.stringify(body), signal,
-  });
-  if (!answer.ok) throw new Error(await failure(answer));
+  const answer = await post("/v1/chat/completions", body, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "", whole = "", reason = "";
   for (;;) {
@@ -65,11 +71,7 @@ async function chat(model, part, signal) {
 }
 
 async function classify(model, part, signal, prompt) {
-  const answer = await fetch("/v1/classify", {
-    method: "POST", headers: {"Content-Type": "application/json", "X-Tunesmith": "1"}, signal,
-    body: JSON.stringify({model: model.name, input: [prompt]}),
-  });
-  if (!answer.ok) throw new Error(await failure(answer));
+  const answer = await post("/v1/classify", {model: model.name, input: [prompt]}, signal);
   const values = await answer.json(), line = values.data[0];
   part.head.textContent = values.model;
   const shown = line.label ?? line.labels ?? line.value ?? line.score ?? line.tags;
@@ -87,24 +89,17 @@ async function classify(model, part, signal, prompt) {
 /** Texts in the order in which the model finds them near the query. */
 async function rank(model, part, signal, query) {
   const texts = at("texts").value.split("\n").filter(line => line.trim());
-  const post = async (address, body) => {
-    const answer = await fetch(address, {
-      method: "POST", headers: {"Content-Type": "application/json", "X-Tunesmith": "1"}, signal,
-      body: JSON.stringify({model: model.name, ...body}),
-    });
-    if (!answer.ok) throw new Error(await failure(answer));
-    return answer.json();
-  };
+  const request = async (address, body) => (await post(address, {model: model.name, ...body}, signal)).json();
   let ranked = [];
   if (model.answers === "embeddings") {
-    const asked = await post("/v1/embeddings", {input: [query], input_type: "query"});
-    const read = await post("/v1/embeddings", {input: texts});
-    const length = vector => Math.hypot(...vector), one = asked.data[0].embedding;
-    const near = vector => vector.reduce((sum, value, i) => sum + value * one[i], 0) / (length(vector) * length(one));
+    const sought = await request("/v1/embeddings", {input: [query], input_type: "query"});
+    const read = await request("/v1/embeddings", {input: texts});
+    const length = vector => Math.hypot(...vector), goal = sought.data[0].embedding;
+    const near = vector => vector.reduce((sum, value, i) => sum + value * goal[i], 0) / (length(vector) * length(goal));
     part.head.textContent = read.model;
     ranked = read.data.map(line => [texts[line.index], near(line.embedding)]).sort((a, b) => b[1] - a[1]);
   } else {
-    const read = await post("/v1/rerank", {query, documents: texts});
+    const read = await request("/v1/rerank", {query, documents: texts});
     part.head.textContent = read.model;
     ranked = read.results.map(line => [texts[line.index], line.relevance_score]);
   }
