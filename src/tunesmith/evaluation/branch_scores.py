@@ -84,7 +84,8 @@ def answer_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[s
 
 def _shifts(rows: Results) -> Floats:
     """[I, 2], nats a token that both answers of each row gained."""
-    logps_I2, reference_I2, lengths_I2 = (column(rows, key).reshape(-1, 2) for key in ("logps", "reference", "lengths"))
+    keys = ("logps", "reference", "lengths")
+    logps_I2, reference_I2, lengths_I2 = (column(rows, key).reshape(-1, 2) for key in keys)
     return np.asarray((logps_I2 - reference_I2) / lengths_I2, np.float64)
 
 
@@ -136,9 +137,9 @@ def rank_details(rows: Results, _: Sequence[str] = ()) -> JsonObject:
     recall = {name: [float((rank_I <= k).mean()) for k in CURVE] for name, rank_I in ranks.items() if len(rank_I)}
     details: JsonObject = {"documents": int(column(rows, "documents").max())}
     details |= {"recall": {"at": list(CURVE), **recall}} if can_err else {}
-    return (
-        {**details, "lists": len(rows), "left_out": len(rows) - len(can_err)} if len(can_err) < len(rows) else details
-    )
+    if len(can_err) < len(rows):
+        details |= {"lists": len(rows), "left_out": len(rows) - len(can_err)}
+    return details
 
 
 def similarity_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[str, Statistic]:

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from tunesmith.errors import InputError
@@ -138,21 +137,27 @@ def compare_rows(
     (a, b), pool_note = _in_one_pool([a, b]) if kind == "ranks" else ([a, b], "")
     if kind == "graded":
         a, b = map(list[RowResult], with_one_k([a, b]))
-    same_targets, loss_note = all(was["count"] == now["count"] for was, now in zip(a, b, strict=True)), ""
+    same_targets = all(was["count"] == now["count"] for was, now in zip(a, b, strict=True))
+    loss_note = ""
     names = classes or names_in((*a, *b))
     metrics = paired(len(a), *(statistics_of(kind, rows, names, complete=bool(classes)) for rows in (a, b)))
     if kind != "tokens" and not same_targets:
         same_targets = True
         if kind == "classes":
             unweighted = ({"loss": ratio(column(rows, "loss") / column(rows, "count"))} for rows in (a, b))
-            metrics, loss_note = {**metrics, **paired(len(a), *unweighted)}, "the loss is compared without weights"
+            metrics = {**metrics, **paired(len(a), *unweighted)}
+            loss_note = "the loss is compared without weights"
         else:
             loss_note = "a row has one loss for all its words, so the losses do not compare"
             del metrics["loss"]
         loss_note = _OTHER_WEIGHTS.format(loss_note)
-    metrics, loss_note = {} if pool_note == OTHER_POOLS else metrics, loss_note or pool_note
-    gains_I = [0.0 if pool_note == OTHER_POOLS else _gain(kind, was, now) for was, now in zip(a, b, strict=True)]
-    order = sorted(range(len(shared)), key=lambda i: -abs(gains_I[i]) / (a[i]["count"] if kind == "tokens" else 1))
+    loss_note = loss_note or pool_note
+    if pool_note == OTHER_POOLS:
+        metrics, gains_I = {}, [0.0] * len(a)
+    else:
+        gains_I = [_gain(kind, was, now) for was, now in zip(a, b, strict=True)]
+    counts_I = [row["count"] if kind == "tokens" else 1 for row in a]
+    order = sorted(range(len(shared)), key=lambda i: -abs(gains_I[i]) / counts_I[i])
     return Comparison(
         kind=kind,
         num_rows=len(shared),
@@ -191,9 +196,12 @@ def compare_runs(sides: Sequence[Sequence[RowResult]]) -> list[Comparison]:
         raise InputError(f"the {len(sides)} evaluations have no row that is in all of them. Measure all on one file.")
     shared_rows = [[row for key, row in keyed(rows) if key in shared] for rows in sides]
     in_order = [list(by_key(rows).values()) for rows in shared_rows]
-    (first, *others), note = _in_one_pool(in_order) if kind_of(shared_rows[0][0]) == "ranks" else (shared_rows, "")
-    compared = map(partial(compare_rows, first), others)
-    return [replace(comparison, loss_note=note) for comparison in compared] if note == NEAR_POOL else list(compared)
+    are_ranks = kind_of(shared_rows[0][0]) == "ranks"
+    (first, *others), note = _in_one_pool(in_order) if are_ranks else (shared_rows, "")
+    compared = [compare_rows(first, other) for other in others]
+    if note == NEAR_POOL:
+        return [replace(comparison, loss_note=note) for comparison in compared]
+    return compared
 
 
 def _gain(kind: RowKind, was: RowResult, now: RowResult) -> float:
@@ -305,8 +313,8 @@ def row_baseline(rows: Sequence[RowResult], constant: Record | None, classes: Se
     kind = kind_of(rows[0])
     compared = rows_against_constant(rows, constant["answer"], classes=classes)
     words = _HABITS[constant["answer"]] if kind in _NAMES and kind != "numbers" else _words(constant["answer"])
-    facts = {"name": _NAMES.get(kind, "majority baseline"), "words": words, "from": constant["from"], "rows": len(rows)}
-    return {**facts, "key": CONSTANT_METRICS[kind][0], "measures": _as_measures(compared)}
+    facts = {"name": _NAMES.get(kind, "majority baseline"), "words": words, "from": constant["from"]}
+    return {**facts, "rows": len(rows), "key": CONSTANT_METRICS[kind][0], "measures": _as_measures(compared)}
 
 
 def answer_baseline(answers: Sequence[Record]) -> Any:
@@ -319,8 +327,8 @@ def answer_baseline(answers: Sequence[Record]) -> Any:
     always = ratio([float(answer["reference"].strip() == usual) for answer in answers])
     exact = ratio(column(answers, "exact_match"))
     compared = paired(len(answers), {"exact_match": always}, {"exact_match": exact})
-    facts = {"name": "majority baseline", "words": _words(usual), "from": "the answers measured", "rows": len(answers)}
-    return {**facts, "key": "exact_match", "measures": _as_measures(compared)}
+    facts = {"name": "majority baseline", "words": _words(usual), "from": "the answers measured"}
+    return {**facts, "rows": len(answers), "key": "exact_match", "measures": _as_measures(compared)}
 
 
 def _as_measures(found: Mapping[str, Difference]) -> JsonObject:

@@ -199,7 +199,8 @@ def _lists(own: MeasuredRows, tokenizer: Any) -> list[Record]:
     its score."""
     store, rows_I, predictions = own
     if (store.branches.counts[rows_I] == 1).all():
-        return [{"value": result["scores"][0], "similarity": result["rewards"][0]} for result in predictions.results]
+        alone = predictions.results
+        return [{"value": result["scores"][0], "similarity": result["rewards"][0]} for result in alone]
     rows = [store.row(row) for row in rows_I.tolist()]
     lists = [[line.ids for line in lines_of(row)] for row in rows]
     begins = [int(row.values[0]) for row in rows]

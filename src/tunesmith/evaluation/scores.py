@@ -168,7 +168,8 @@ def names_in(rows: Iterable[RowResult]) -> list[str]:
     names: set[str] = set()
     for row in rows:
         for value in (row.get("label"), row.get("tags"), row.get("predicted")):
-            names.update(name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str))
+            listed = value if isinstance(value, list) else [value]
+            names.update(name for name in listed if isinstance(name, str))
     return sorted(names)
 
 

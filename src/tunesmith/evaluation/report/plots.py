@@ -97,13 +97,15 @@ def training_plots(series: RunSeries, report: Record) -> list[Plot]:
 
 def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
     window = max(1, len(steps_S) // 25)
-    held = np.asarray([(step, values["loss"]) for step, values in series.course(kept)], np.float64).reshape(-1, 2)
+    points = [(step, values["loss"]) for step, values in series.course(kept)]
+    held = np.asarray(points, np.float64).reshape(-1, 2)
 
     def paint(axes: Any) -> None:
         raw = thinned(steps_S, losses_S)
         if window > 1:
             axes.plot(*raw, color=MUTED, linewidth=0.7, alpha=0.45)
-            axes.plot(*thinned(steps_S, smooth(losses_S, window)), color=INK, linewidth=1.6, label="training, smoothed")
+            smoothed = thinned(steps_S, smooth(losses_S, window))
+            axes.plot(*smoothed, color=INK, linewidth=1.6, label="training, smoothed")
         else:
             axes.plot(*raw, color=INK, linewidth=1.4, label="training")
         if len(held):
@@ -185,7 +187,8 @@ def scatter_plot(pairs: Floats) -> Plot:
         axes.set(xlabel="true", ylabel="predicted")
         axes.legend(loc="upper left")
 
-    return draw("scatter", "Numbers", f"{len(pairs):,} held-out rows: the number and what the model said.", paint)
+    description = f"{len(pairs):,} held-out rows: the number and what the model said."
+    return draw("scatter", "Numbers", description, paint)
 
 
 def length_plot(lengths: Record) -> Plot:

@@ -105,7 +105,8 @@ def make_page(run: Run, series: RunSeries, report: Record) -> Page:
         ("repeat", "Repeat"): _repeat(run, series, report),
     }
     sections = [PageSection(name, title, list(blocks)) for (name, title), blocks in made.items()]
-    return Page(report, run.created, values.summary(report), [section for section in sections if section.blocks])
+    filled = [section for section in sections if section.blocks]
+    return Page(report, run.created, values.summary(report), filled)
 
 
 def _metrics(report: Record) -> Iterator[Block | Table]:
@@ -184,7 +185,8 @@ def _outcomes(details: Record) -> Iterator[Block | Table]:
         yield Block("heading", "Rows of each true class (down) by the class they were given (across)")
         columns = [Column("true", "name"), *(Column(one_line(label, 16), "number") for label in labels)]
         counts = zip(labels, details["confusion"], strict=True)
-        yield Table(columns, [[Cell(label), *(Cell(f"{num:,}") for num in row)] for label, row in counts], "fit")
+        rows = [[Cell(label), *(Cell(f"{num:,}") for num in row)] for label, row in counts]
+        yield Table(columns, rows, "fit")
     elif pairs := values.confused_pairs(details):
         columns = [Column("true", "name"), Column("taken for", "name")]
         columns += [Column("rows", "number"), Column("of its rows", "number")]
@@ -192,7 +194,8 @@ def _outcomes(details: Record) -> Iterator[Block | Table]:
         rows = [[Cell(true), Cell(taken), Cell(str(num)), Cell(percent(share, 0))] for true, taken, num, share in pairs]
         yield Table(columns, rows, "fit")
     if table := details.get("per_class") or details.get("per_type"):
-        columns = [Column("", "name"), *(Column(title, "number") for title in ("precision", "recall", "F1", "rows"))]
+        titles = ("precision", "recall", "F1", "rows")
+        columns = [Column("", "name"), *(Column(title, "number") for title in titles)]
         cells = []
         for row in sorted(table, key=lambda row: row["f1"]):
             numbers = [*(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
@@ -225,7 +228,9 @@ def _answers(report: Record) -> Iterator[Block | Table]:
     if not samples:
         return
     answered = sum("before" in sample for sample in samples)
-    fewer = f" The untouched model answered {answered:,} of these {len(samples):,}." if answered < len(samples) else ""
+    fewer = ""
+    if answered < len(samples):
+        fewer = f" The untouched model answered {answered:,} of these {len(samples):,}."
     if not report.get("short_answers"):
         yield Block("paragraph", f"Held-out prompts, answered before and after. ✓ is equal to the reference.{fewer}")
         yield Block("answers", samples)
@@ -235,7 +240,8 @@ def _answers(report: Record) -> Iterator[Block | Table]:
     columns = [Column("row", "source"), *(Column(title) for title in ("prompt", "reference", "before", "after"))]
     rows = []
     for sample in samples:
-        marks = {when: values.mark(sample[when], sample["reference"]) for when in ("before", "after") if when in sample}
+        times = [when for when in ("before", "after") if when in sample]
+        marks = {when: values.mark(sample[when], sample["reference"]) for when in times}
         cells = [Cell(sample[key]) for key in ("source", "prompt", "reference")]
         cells[1] = Cell(sample["prompt"], images=sample.get("images", ()))
         rows.append([*cells, *(Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after"))])
@@ -263,7 +269,8 @@ def _changed_rows(report: Record) -> Iterator[Block | Table]:
         yield Block("paragraph", f"The held-out {unit} whose loss per target rose most.")
         columns = [Column("row", "source"), Column("text"), Column("before", "number"), Column("after", "number")]
         losses = [(row, [Cell(f"{row[when]:.4f}") for when in ("before", "after")]) for row in worse]
-        yield Table(columns, [[Cell(row["source"]), Cell(row["text"]), *cells] for row, cells in losses], "rows stack")
+        rows = [[Cell(row["source"]), Cell(row["text"]), *cells] for row, cells in losses]
+        yield Table(columns, rows, "rows stack")
 
 
 def _high_loss(report: Record) -> Iterator[Block | Table]:
