@@ -44,18 +44,17 @@ def _check(recipe: Recipe, located: ModelRef) -> Sequence[Choice]:
         raise RecipeError("data.new_tokens: the teacher has no such tokens. Leave them out.")
     if not options.on_policy and options.max_new_tokens != Distil().max_new_tokens:
         raise RecipeError("distil.max_new_tokens: is for drawn answers. Set distil.on_policy, or leave it out.")
-    choices = [_top(options)] if options.top == "auto" else []
+    choices: list[Choice] = []
+    if options.top == "auto" and options.is_served:
+        reason = "the most that vLLM gives unless it is started with --max-logprobs"
+        choices = [Choice("distil.top", SERVED_TOP, reason)]
+    elif options.top == "auto":
+        choices = [Choice("distil.top", TOP, f"{4 * columns(TOP)} bytes a token")]
     if not options.on_policy:
         return choices
     if recipe.evaluation.surprising not in ("auto", 0):
         raise RecipeError("evaluation.surprising: answers are drawn anew at each step. Leave it out.")
     return [*choices, Choice("evaluation.surprising", 0, "answers are drawn anew at each step")]
-
-
-def _top(options: Distil) -> Choice:
-    if options.is_served:
-        return Choice("distil.top", SERVED_TOP, "the most that vLLM gives unless it is started with --max-logprobs")
-    return Choice("distil.top", TOP, f"{4 * columns(TOP)} bytes a token")
 
 
 def _check_place(options: Distil) -> None:

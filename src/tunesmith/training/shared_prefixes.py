@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import build_batch
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.image_store import ImageTable
 from tunesmith.data.prefixes import prefix_keys, share_prefixes, stretches
 from tunesmith.data.sampler import StepSampler
 from tunesmith.inference.load import has_token_types
@@ -106,7 +105,10 @@ def decide_sharing(
     elif store.images is not None and hasattr(model.base_model, "get_rope_index"):
         problem = "this model counts positions by the images of whole rows"
     elif model.device.type != "meta":
-        images = () if store.images is None else _images_of(shared.probe, inputs, store.images)
+        images: tuple[BatchImage, ...] = ()
+        if store.images is not None:
+            of_rows = [[store.images[number] for number in row.images] for row in shared.probe]
+            images = inputs.renderer.batch_images(of_rows)
         if difference := disagreement(model, shared.probe, images, image_token):
             problem = f"the model then {difference}"
     if problem:
@@ -118,10 +120,6 @@ def image_token_of(inputs: Inputs, store: RowStore) -> int | None:
     """The token in the places of images; None: no row has one."""
     placeholders = inputs.renderer.placeholders
     return None if store.images is None or placeholders is None else placeholders.token_id
-
-
-def _images_of(rows: Sequence[Row], inputs: Inputs, table: ImageTable) -> tuple[BatchImage, ...]:
-    return inputs.renderer.batch_images([[table[number] for number in row.images] for row in rows])
 
 
 def filled_by(sampler: StepSampler, store: RowStore, image_token: int | None) -> StepSampler:
