@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from shape.tree import ROOT
 from tiny_model import tiny_model
-from tunesmith.data.branches import join, line_tokens, lines_of
-from tunesmith.data.drafts import Draft
+from tunesmith.data.branches import line_tokens, lines_of
+from tunesmith.data.drafts import Draft, join
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.recipe.objectives import Prefer
 from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, line_logps, pair_losses

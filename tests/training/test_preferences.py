@@ -20,7 +20,8 @@ from often import often
 from parallel.test_agent import TUNESMITH, begin, end, second_rank, train_words, wait_for_step
 from tiny_run import model_folder, same_run, stopped, values_of
 from tiny_tasks import STEPS_ALONE, assert_alike, by_memory, refuse_packing, rows_of, task_recipe, write
-from tunesmith.data.branches import join, lines_of
+from tunesmith.data.branches import lines_of
+from tunesmith.data.drafts import join
 from tunesmith.data.formats.comparisons import SIDES
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.renderer import LengthLimit

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.branches import join
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.classification import ClassificationEncoder
 from tunesmith.data.completion import CompletionEncoder
-from tunesmith.data.drafts import Draft, Drafts
+from tunesmith.data.drafts import Draft, Drafts, join
 from tunesmith.data.formats.comparisons import SIDES
 from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.types import Example, Part, Pooling, Problem

@@ -10,7 +10,6 @@ once, and computed once where the lines of a micro-batch may share prefixes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft
-from tunesmith.types import LEAST_PREFIX, Row
+from tunesmith.types import Row
 
 
 def lines_of(row: Row) -> list[Row]:
@@ -39,31 +37,6 @@ def lines_of(row: Row) -> list[Row]:
 def line_tokens(row: Row) -> int:
     """Tokens of all lines of a row."""
     return len(row.ids) + (len(row.branches) - 1) * (len(row.ids) - sum(row.branches)) if row.branches else len(row.ids)
-
-
-def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
-    """The drafts of several lines as one, with what they begin with kept once.
-
-    A stem too short to be computed apart stays in each line.
-    """
-    stem = min(int(np.append(draft.trained_T, True).argmax()) for draft in drafts)
-    first = drafts[0].ids_T
-    for other in drafts[1:]:
-        shorter = min(stem, len(first), len(other.ids_T))
-        stem = int(np.append(first[:shorter] != other.ids_T[:shorter], True).argmax())
-    if stem < LEAST_PREFIX and len(drafts) > 1:
-        stem = 0
-    classes = [draft.classes_N for draft in drafts if draft.classes_N is not None]
-    return Draft(
-        np.concatenate([first[:stem], *(draft.ids_T[stem:] for draft in drafts)]),
-        np.concatenate([drafts[0].trained_T[:stem], *(draft.trained_T[stem:] for draft in drafts)]),
-        warnings=[warning for draft in drafts for warning in draft.warnings],
-        classes_N=tuple(name for of_draft in classes for name in of_draft) if classes else None,
-        second=drafts[0].second,
-        branches=tuple(len(draft.ids_T) - stem for draft in drafts),
-        values=values,
-        keys=tuple(key for draft in drafts for key in draft.keys),
-    )
 
 
 def partner_line(row: Row, other: Row, max_tokens: int) -> Row:

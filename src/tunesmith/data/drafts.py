@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from tunesmith.types import Problem
+import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from tunesmith.types import LEAST_PREFIX, Problem
 
 
 @dataclass(slots=True)
@@ -33,3 +33,28 @@ class Draft:
 
 Drafts: TypeAlias = list[Draft] | Problem
 """The windows of an example, mostly one, or the problem that makes it unusable."""
+
+
+def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
+    """The drafts of several lines as one, with what they begin with kept once.
+
+    A stem too short to be computed apart stays in each line.
+    """
+    stem = min(int(np.append(draft.trained_T, True).argmax()) for draft in drafts)
+    first = drafts[0].ids_T
+    for other in drafts[1:]:
+        shorter = min(stem, len(first), len(other.ids_T))
+        stem = int(np.append(first[:shorter] != other.ids_T[:shorter], True).argmax())
+    if stem < LEAST_PREFIX and len(drafts) > 1:
+        stem = 0
+    classes = [draft.classes_N for draft in drafts if draft.classes_N is not None]
+    return Draft(
+        np.concatenate([first[:stem], *(draft.ids_T[stem:] for draft in drafts)]),
+        np.concatenate([drafts[0].trained_T[:stem], *(draft.trained_T[stem:] for draft in drafts)]),
+        warnings=[warning for draft in drafts for warning in draft.warnings],
+        classes_N=tuple(name for of_draft in classes for name in of_draft) if classes else None,
+        second=drafts[0].second,
+        branches=tuple(len(draft.ids_T) - stem for draft in drafts),
+        values=values,
+        keys=tuple(key for draft in drafts for key in draft.keys),
+    )

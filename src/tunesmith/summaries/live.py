@@ -15,7 +15,7 @@ from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.folder import Run
 from tunesmith.summaries.runs import ending, phase, time_left
 from tunesmith.summaries.words import choice_line, plan_facts, step_line
-from tunesmith.types import Event, JsonObject, Record
+from tunesmith.types import Event, JsonObject
 
 MOST_POINTS = 2_000
 SHOWN_ANSWERS = 3
@@ -27,6 +27,7 @@ def under_way(run: Run, series: RunSeries, last: Event | None, state: str) -> Js
         return {}
     code, why = ending(series, last, state)
     ways = last.values.get("ways", []) if last is not None and code else []
+    as_typed = [{key: str(value) for key, value in way["settings"].items()} for way in ways]
     plan, is_running = series.plan, state == "running"
     kept_step = series.report.get("kept", {}).get("step")
     return {
@@ -34,7 +35,7 @@ def under_way(run: Run, series: RunSeries, last: Event | None, state: str) -> Js
         "phase": phase(run, last.time if last else 0.0) if is_running else "",
         "time_left": time_left(series) if is_running else "",
         "is_stopping": is_running and run.stop_asked(),
-        "ended_by": {"code": code, "message": why, "ways": [_as_typed(way["settings"]) for way in ways]},
+        "ended_by": {"code": code, "message": why, "ways": as_typed},
         "curve": [[step, value] for step, value in series.held_out(kept_step).items()],
         "aim": series.aim,
         "plan": plan_facts(plan) if plan.get("rows") else [],
@@ -48,13 +49,9 @@ def under_way(run: Run, series: RunSeries, last: Event | None, state: str) -> Js
     }
 
 
-def _as_typed(settings: Record) -> dict[str, str]:
-    return {key: str(value) for key, value in settings.items()}
-
-
 def curve_values(series: RunSeries, points: int = MOST_POINTS, first: int = 0, last: int | None = None) -> JsonObject:
-    """The training loss, or reward, from step `first` to `last` in at most `points` buckets of lowest, highest and
-    mean, by the last step of each; and those of held-out rows, all of them."""
+    """The training loss, or reward, from step `first` to `last` in at most `points` buckets of lowest, highest
+    and mean, by the last step of each; and those of held-out rows, all of them."""
     steps, end = series.steps, series.step if last is None else last
     numbers_S = np.fromiter(steps, np.int64, len(steps))
     values_S = np.fromiter((step.value for step in steps.values()), np.float64, len(steps))

@@ -22,7 +22,6 @@ from tunesmith.models.special_tokens import NewTokens
 from tunesmith.optim import check_installed
 from tunesmith.planning.decisions import Decisions
 from tunesmith.planning.defaults import decide_before_rows, find_head
-from tunesmith.recipe.methods import MethodOptions
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.merged_base import Start, start_from
 from tunesmith.types import Choice, HeadName, ModelKind
@@ -78,8 +77,9 @@ def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
     method_of(recipe.method).check(recipe.method)
     size, kind = model_size(located), model_kind(located)
-    if recipe.data.new_tokens:
-        _refuse_new_tokens(recipe.method, kind)
+    if recipe.data.new_tokens and (kind != "causal" or not method_of(recipe.method).new_tokens):
+        what = f"method {recipe.method.name}" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
+        raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
     added = special_tokens.add_tokens(tokenizer, recipe.data.new_tokens)
     notes += special_tokens.describe(added, recipe.data.new_tokens)
     if recipe.device != "auto":
@@ -121,10 +121,3 @@ def _dated(decisions: Decisions, tokenizer: PreTrainedTokenizerBase, kind: Model
         reason = "the chat template writes the date: training and every later use here show the model this day"
         decisions.show(Choice("data.date", renderer.date, reason))
     return renderer
-
-
-def _refuse_new_tokens(method: MethodOptions, kind: ModelKind) -> None:
-    """Raise RecipeError where method or model can learn none."""
-    if kind != "causal" or not method_of(method).new_tokens:
-        what = f"method {method.name}" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
-        raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
