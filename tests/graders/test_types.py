@@ -278,7 +278,7 @@ def test_templates_reach_into_values() -> None:
 def test_an_unknown_variable_names_what_there_is() -> None:
     with pytest.raises(InputError, match=r"item has no anwser\. Did you mean answer\? It has prompt, answer"):
         templates.check("{{item.anwser}}", {"prompt": "", "answer": ""}, "input")
-    with pytest.raises(InputError, match="not a variable"):
+    with pytest.raises(InputError, match=r"^input: \{\{answer\}\}: not a variable"):
         templates.check("{{answer}}", None, "input")
     assert grade(STRING, "x", {}).kind == "unknown_variable"
 

@@ -30,6 +30,7 @@ from tunesmith.jobs.store import Store  # noqa: E402
 from tunesmith.jobs.tables import events  # noqa: E402
 from tunesmith.recipe.load import validate  # noqa: E402
 from tunesmith.serve.protocol import RequestError  # noqa: E402
+from tunesmith.serve.responses import _problem  # noqa: E402
 from tunesmith.training.trainer import train  # noqa: E402
 
 SOURCE = """
@@ -133,6 +134,11 @@ def test_a_request_names_what_it_lacks() -> None:
     for how in ({"response_format": {"type": "json_schema"}}, {"hyperparameters": {"reasoning_effort": "high"}}):
         with pytest.raises(ValueError, match=r"forced into no format|no levels of reasoning"):
             JobBody(**body, method={"type": "reinforcement", "reinforcement": {"grader": EQUAL, **how}})
+
+
+def test_what_is_no_object_is_refused_in_plain_words() -> None:
+    found = {"type": "dict_type", "msg": "Input should be a valid dictionary", "loc": ("body", "grader")}
+    assert _problem(found, None) == ("grader", "invalid_value", "grader: should be an object.")
 
 
 def test_hyperparameters_become_options_of_the_run(store: Store) -> None:

@@ -121,10 +121,7 @@ def _read(data: str, grader: str, model: str | None, offline: bool) -> tuple[Gra
     if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(loaded).values()):
         raise InputError(f"{grader}: length in tokens: they are a model's. Give --model, or count words.")
     every = read_prompts([pinned(Data(train=(DataFile(path=data),)), offline=offline).train[0].path])
-    try:
-        schema.check_variables(loaded, every[0].item)
-    except InputError as error:
-        raise InputError(f"{grader}: {error}") from None
+    schema.check_variables(loaded, every[0].item, grader)
     return loaded, every
 
 

@@ -349,7 +349,7 @@ def texts_of(grader: Grader) -> Iterator[tuple[str, str]]:
                 yield from ((f"{before}{key}[{i}]", getattr(part, "content", part)) for i, part in enumerate(value))
 
 
-def check_variables(grader: Grader, item: Record | None) -> None:
+def check_variables(grader: Grader, item: Record | None, place: str = "grader") -> None:
     """Raise InputError for variables that `item`, the first row, does not have; see `templates.check`."""
-    for place, text in texts_of(grader):
-        templates.check(text, item, place)
+    for inside, text in texts_of(grader):
+        templates.check(text, item, f"{place}: {inside}")

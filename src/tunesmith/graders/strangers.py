@@ -76,7 +76,7 @@ def runnable(sent: Any, rules: GraderRules, place: str) -> JsonObject:
         made = _allowed(sent, rules, place)
     try:
         grader = schema.from_value(made, place=place)
-        schema.check_variables(grader, None)
+        schema.check_variables(grader, None, place)
         if (num := len(schema.parts_of(grader))) > MOST_GRADERS:
             raise InputError(f"{place}.graders: {num:,} graders. Send at most {MOST_GRADERS}.")
         for part in schema.parts_of(grader).values():

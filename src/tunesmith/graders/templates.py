@@ -19,11 +19,11 @@ SAMPLE = ("output_text", "output_json", "output_tools", "choices", "ended", "tok
 """Fields of a sample."""
 
 
-def _steps(match: re.Match[str]) -> list[str | int]:
+def _steps(match: re.Match[str], place: str = "") -> list[str | int]:
     path = _PATH.fullmatch(match[1])
     if path is None:
         raise InputError(
-            f"{match[0]}: not a variable. Write {{{{item.FIELD}}}} or {{{{sample.output_text}}}}; parts of a "
+            f"{place}{match[0]}: not a variable. Write {{{{item.FIELD}}}} or {{{{sample.output_text}}}}; parts of a "
             "value follow as .name and [0]."
         )
     return [path[1], *(name or int(number) for name, number in _STEP.findall(path[2]))]
@@ -33,7 +33,7 @@ def check(text: str, item: Record | None, place: str) -> None:
     """Raise InputError for a variable that neither a sample nor `item`, the first row, has. `item` None: every
     field of a row is accepted."""
     for match in _VARIABLE.finditer(text):
-        space, first, *_ = _steps(match)
+        space, first, *_ = _steps(match, f"{place}: ")
         known = SAMPLE if space == "sample" else None if item is None else tuple(item)
         if known is not None and first not in known:
             near = did_you_mean(str(first), known)

@@ -122,7 +122,7 @@ def check_file(
 def _check_fields(grader: JsonObject, example: Example, which: str) -> None:
     """Raise FileFault for a variable of the grader that a row lacks."""
     try:
-        graders.check_variables(graders.from_value(grader, place=GRADER), example.kept)
+        graders.check_variables(graders.from_value(grader, place=GRADER), example.kept, GRADER)
     except InputError as error:
         raise FileFault("invalid_grader", f"{FAILED.format(which=which)} {example.source}: {error}", GRADER) from None
 

@@ -48,6 +48,7 @@ _HTTP_ERRORS = {
 _PROBLEMS = {
     "missing": ("missing_required_parameter", "missing"),
     "extra_forbidden": ("unknown_parameter", "unknown parameter"),
+    "dict_type": ("invalid_value", "should be an object"),
 }
 _ERROR_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
 

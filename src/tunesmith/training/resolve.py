@@ -405,7 +405,7 @@ def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progre
     _check_evaluation(recipe.evaluation, inputs.head, rows)
     if grader is not None:
         store, rows_I = rows.sides[0]
-        graders.check_variables(grader, next(iter(rows.prompts(store, rows_I[:1]).values())).kept)
+        graders.check_variables(grader, next(iter(rows.prompts(store, rows_I[:1]).values())).kept, "reinforce.grader")
     return rows
 
 
