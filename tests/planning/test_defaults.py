@@ -7,6 +7,7 @@ from tunesmith.models import machine
 from tunesmith.planning.decisions import Decisions
 from tunesmith.planning.defaults import Facts, checkpoint_every, decide, rate_notes
 from tunesmith.recipe.load import validate
+from tunesmith.tasks import TASKS
 
 
 def decided_by(recipe, facts):
@@ -98,7 +99,8 @@ def test_saving_takes_at_most_a_tenth_of_a_run(steps, step, saving, every):
 @pytest.mark.parametrize(("rate", "note"), [("auto", ""), (0.01, ""), (5, "optim.lr: 5 is 10,000 times the usual")])
 def test_a_learning_rate_far_above_the_usual_is_noted(rate, note):
     recipe, _ = decided(100, optim={"lr": rate})
-    notes = rate_notes(recipe, Facts(135_000_000, "cpu", "causal", np.full(100, 50, np.int32)))
+    facts = Facts(135_000_000, "cpu", "causal", np.full(100, 50, np.int32))
+    notes = rate_notes(recipe.method, recipe.optim, TASKS[recipe.task], facts)
     assert len(notes) == bool(note)
     assert all(one.startswith(note) for one in notes)
 

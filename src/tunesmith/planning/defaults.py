@@ -262,10 +262,10 @@ def _rate(options: MethodOptions, optim: Optim, task: Task, facts: Facts) -> tup
     return float(f"{rate * times * optim.lr_times:.3g}"), reason
 
 
-def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
+def rate_notes(method: MethodOptions, optim: Optim, task: Task, facts: Facts) -> list[str]:
     """A note where the learning rate is far above the one that would be chosen."""
-    usual, _ = _rate(recipe.method, recipe.optim, TASKS[resolved(recipe.task)], facts)
-    rate = float(resolved(recipe.optim.lr))
+    usual, _ = _rate(method, optim, task, facts)
+    rate = float(resolved(optim.lr))
     if rate <= HIGH_RATE * usual:
         return []
     return [

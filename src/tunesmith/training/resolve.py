@@ -131,7 +131,8 @@ def resolve_run(
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
-        notes = [*rate_notes(recipe, facts), *notes_on_asking(recipe, rows), *_notes_on_teacher(recipe)]
+        notes = rate_notes(recipe.method, recipe.optim, TASKS[rows.task], facts)
+        notes += [*notes_on_asking(recipe, rows), *_notes_on_teacher(recipe)]
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
         known |= {"other_models": other_weights(recipe, root, offline=offline)}
         with _forecasting(notes):

@@ -32,7 +32,7 @@ from tunesmith.training.loop import training_steps
 from tunesmith.training.packed_rows import packed_agrees
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.step import step_loss
-from tunesmith.types import JsonObject, TaskName
+from tunesmith.types import TaskName
 
 STEPS = 4
 
@@ -103,18 +103,15 @@ def _small(recipe: Recipe, folder: Path, *, offline: bool) -> Recipe:
     task = recipe.task
     if task == "auto":
         task = _task_of(resolve_base(recipe, offline=offline, weights=False), recipe.data.template_at)
-    rows = [_row_of(task, question, answer) for question, answer in QUESTIONS]
+    rows, record = [], TASKS[task].record
+    for question, answer in QUESTIONS:
+        kind = "question" if "?" in question else "order"
+        learns_classes = TASKS[task].learns_classes
+        rows.append(record(f"{question} {answer}", kind) if learns_classes else record(question, answer))
     file.write_bytes(b"\n".join(map(orjson.dumps, rows)))
     data["data"] |= {"train": [{"path": str(file)}], "held_out": 0.1}
     data["train"] |= {"rows_per_step": 4}
     return validate({**data, "task": task})
-
-
-def _row_of(name: TaskName, question: str, answer: str) -> JsonObject:
-    """A row of the task; its class says whether the text is a question."""
-    task = TASKS[name]
-    kind = "question" if "?" in question else "order"
-    return task.record(f"{question} {answer}", kind) if task.learns_classes else task.record(question, answer)
 
 
 def _task_of(located: ModelRef, template: str | None) -> TaskName:
