@@ -34,7 +34,7 @@ ROOMS = {
     "optim": (450, "optimizers and schedules"),
     "pages": (1_715, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_055, "several processes of one run"),
-    "planning": (2_170, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
+    "planning": (2_175, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
     "recipe": (1_960, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (

@@ -148,7 +148,10 @@ class Tower:
         each step and of what is measured. `in_step`: images of a mean step."""
         seconds = self.seconds(shown.mean, device)
         if self.learns:
-            prices["training"] += THERE_AND_BACK * in_step * seconds
+            # An image is prepared once, whatever the way back, and the images of a step go together.
+            prepared = PREPARED * shown.mean.numbers + READ
+            launches = (1 - in_step) * self.layers * OPERATIONS_STARTED * device.launch * (device.kind == "cpu")
+            prices["training"] += THERE_AND_BACK * (in_step * (seconds - prepared) + launches) + in_step * prepared
             prices["measuring"] += shown.held * seconds / max(1, held_tokens)
             return
         views = in_step * counts["training"] + shown.held * evaluations
