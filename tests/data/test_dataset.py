@@ -121,6 +121,13 @@ def test_problems_of_rows_that_are_found_name_the_file_of_now(tmp_path: Path) ->
     assert store.reused
 
 
+def test_problems_of_rows_that_are_found_have_their_ways_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", json.dumps({"Frage": "Wann?", "Antwort": "Am Montag."}), line("one", "two"))
+    heard = [make(tmp_path / "rows", file)[1] for _ in range(2)]
+    assert heard[0] == heard[1]
+    assert [way.settings for way in heard[1][0].ways] == [{"data.columns": "{prompt: Frage, completion: Antwort}"}]
+
+
 def test_a_program_that_froze_its_objects_keeps_them_so(tmp_path: Path, files: list[DataFile]) -> None:
     """As these tests do, for which every run would look through all libraries otherwise: half of their time."""
     gc.freeze()

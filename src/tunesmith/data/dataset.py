@@ -39,7 +39,7 @@ from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.row_targets import RowTargets
 from tunesmith.data.tokenizer import serialized
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, WayOut
 from tunesmith.recipe.schema import AS_IT_IS, Data, DataFile
 from tunesmith.runs import atomic as disk
 from tunesmith.types import IGNORE, JsonObject, Labels, Layout, Problem, Row, Source
@@ -319,7 +319,8 @@ def build(
             for problem in summary.problems:
                 file, line = problem["source"]  # earlier versions wrote the path
                 source = Source(paths[file] if isinstance(file, int) else file, line)
-                on_problem(Problem(**{**problem, "source": source}))
+                ways = tuple(WayOut(**way) for way in problem.get("ways", ()))
+                on_problem(Problem(**{**problem, "source": source, "ways": ways}))
             progress(summary.num_rows, sum(sizes), sum(sizes))
             return RowStore(folder, summary, paths, reused=True)
         disk.clean(folder, older_than_s=STALE_S)
