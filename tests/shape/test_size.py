@@ -16,7 +16,7 @@ ROOMS = {
         "the Python interface, the types that travel, errors, ways out as options",
     ),
     "cli": (4_775, "twenty-two commands, what they print and what they refuse"),
-    "data": (10_620, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "data": (10_625, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (

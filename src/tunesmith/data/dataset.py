@@ -16,7 +16,7 @@ import gc
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -364,10 +364,7 @@ def write(
         skipped=encoding.skipped,
         errors=dict(encoding.errors),
         warnings=dict(encoding.warnings),
-        problems=[
-            {**asdict(problem), "source": [numbers.get(problem.source.path, problem.source.path), problem.source.line]}
-            for problem in encoding.problems
-        ],
+        problems=[_stored(problem, numbers) for problem in encoding.problems],
         labels=list(encoding.vocabulary),
         many=encoding.many,
         data_sha256=hashes,
@@ -375,6 +372,13 @@ def write(
         arrow_bytes=path.stat().st_size,
         images=images.digest,
     )
+
+
+def _stored(problem: Problem, numbers: Mapping[str, int]) -> JsonObject:
+    """A problem with its file by number; without ways out where it has none, as earlier versions read it."""
+    source = problem.source
+    values = {**asdict(problem), "source": [numbers.get(source.path, source.path), source.line]}
+    return values if problem.ways else {key: value for key, value in values.items() if key != "ways"}
 
 
 def find(folder: Path, key: str, versions: Collection[int] = (VERSION,)) -> Summary | None:
