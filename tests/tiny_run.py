@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -113,6 +113,17 @@ def _without_times(event: Event) -> Any:
 def last_tensors(run: Run) -> dict[str, torch.Tensor]:
     newest = checkpoint.newest(run.checkpoints_path, lambda path, why: None)
     return {**newest.weights, **{f"optimizer/{name}": tensor for name, tensor in newest.optimizer.items()}}
+
+
+def same_to_rounding(run: Run, reference: Run, *, exact: Sequence[str], near: Sequence[str]) -> None:
+    """The `exact` values of every step and evaluation are equal, the `near` ones to 1e-5."""
+    ours, theirs = ([e for e in each.events() if e.kind in ("step", "evaluation")] for each in (run, reference))
+    assert [event.step for event in ours] == [event.step for event in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in exact:
+            assert mine.values.get(key) == other.values.get(key), (mine.step, key)
+        for key in near:
+            assert mine.values.get(key) == pytest.approx(other.values.get(key), abs=1e-5), (mine.step, key)
 
 
 def same_run(run: Run, reference: Run) -> None:

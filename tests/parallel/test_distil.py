@@ -9,7 +9,7 @@ import torch
 from parallel.distil_scenarios import recipe_of
 from parallel.group import start
 from scoring import scoring
-from tiny_run import last_tensors
+from tiny_run import last_tensors, same_to_rounding
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 
@@ -32,13 +32,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 def assert_run_of_one(folder: Path, run: Run, name: str) -> None:
     alone = train(recipe_of(folder, name), root=folder / "alone")
-    ours, theirs = ([e for e in each.events() if e.kind in ("step", "evaluation")] for each in (run, alone))
-    assert [event.step for event in ours] == [event.step for event in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        for key in EXACT:
-            assert mine.values.get(key) == other.values.get(key), (mine.step, key)
-        for key in NEAR:
-            assert mine.values.get(key) == pytest.approx(other.values.get(key), abs=1e-5), (mine.step, key)
+    same_to_rounding(run, alone, exact=EXACT, near=NEAR)
     of_two = last_tensors(run)
     # Adam makes of a gradient near zero a step of its whole rate
     assert all(torch.allclose(of_two[name], tensor, atol=2e-3) for name, tensor in last_tensors(alone).items())

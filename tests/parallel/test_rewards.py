@@ -9,7 +9,7 @@ import torch
 
 from parallel.group import start
 from parallel.reward_scenarios import recipe_of
-from tiny_run import last_tensors, same_run
+from tiny_run import last_tensors, same_run, same_to_rounding
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 
@@ -42,13 +42,7 @@ def answers_of(run: Run) -> list[Any]:
 
 def assert_run_of_one(run: Run, alone: Run) -> None:
     assert answers_of(run) == answers_of(alone)
-    ours, theirs = ([e for e in one.events() if e.kind in ("step", "evaluation")] for one in (run, alone))
-    assert [event.step for event in ours] == [event.step for event in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        for key in EXACT:
-            assert mine.values.get(key) == other.values.get(key), (mine.step, key)
-        for key in NEAR:
-            assert mine.values.get(key) == pytest.approx(other.values.get(key), abs=1e-5), (mine.step, key)
+    same_to_rounding(run, alone, exact=EXACT, near=NEAR)
     one, two = last_tensors(alone), last_tensors(run)
     assert all(torch.allclose(two[name], tensor, atol=1e-4) for name, tensor in one.items())
 

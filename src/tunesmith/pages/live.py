@@ -116,8 +116,8 @@ class LiveRuns:
 
 
 def live_s(created: float) -> float:
-    """Seconds after which a page of a run at work is drawn again: whoever looks on must not slow the run, and a
-    young one is what people watch. `created`: when the run began, in seconds of the epoch."""
+    """Seconds after which a page of a run at work is drawn again. A page must not slow its run, and people watch
+    the young ones. `created`: when the run began, in seconds of the epoch."""
     shortest, longest = LIVE_S
     return min(longest, max(shortest, (time.time() - created) / LIVE_AGE))
 
