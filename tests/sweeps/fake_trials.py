@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from tunesmith.runs.folder import Run
@@ -35,8 +35,16 @@ def measured(value: float) -> dict[str, dict[str, float]]:
 class FakeTrials:
     """Runs a trial by its name: an evaluation every ten steps, and a result unless it is asked to stop."""
 
-    def __init__(self, losses: Mapping[str, Sequence[float]], *, before: Callable[[Job], str] = lambda job: "") -> None:
+    def __init__(
+        self,
+        losses: Mapping[str, Sequence[float]],
+        *,
+        before: Callable[[Job], str] = lambda job: "",
+        waits_for_stop: Container[str] = (),
+    ) -> None:
         self.losses, self.before = losses, before
+        self.waits_for_stop = waits_for_stop
+        """Trials that wait after an evaluation until they are asked to stop, however slow the machine is."""
         self.began: list[tuple[str, int]] = []
         """Name and the step that it began after."""
         self.heard = threading.Event()
@@ -57,7 +65,9 @@ class FakeTrials:
             for i, loss in enumerate(losses[first:], start=first + 1):
                 run.append(event("step", 10 * i, loss=loss))
                 run.append(event("evaluation", 10 * i, name="step", measures=measured(loss)))
-                time.sleep(0.05)
+                deadline = time.monotonic() + (20 if job.name in self.waits_for_stop else 0.05)
+                while not run.stop_asked() and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 if run.stop_asked():
                     run.append(event("stopped", 10 * i, message="stopped"))
                     return ""

@@ -43,8 +43,8 @@ def test_all_trials_run_in_order_and_the_best_is_first(tmp_path: Path) -> None:
 
 
 def test_asha_stops_the_poor_by_their_own_stop_and_says_why(tmp_path: Path) -> None:
-    sweep, trials = sweep_of(tmp_path, f"{FOUR}asha: {{factor: 2}}"), FakeTrials(LOSSES)
-    said = run(sweep, trials)
+    sweep = sweep_of(tmp_path, f"{FOUR}asha: {{factor: 2}}")
+    said = run(sweep, FakeTrials(LOSSES, waits_for_stop={"lr-04"}))
     found = {outcome.trial.name: outcome for outcome in sweep.outcomes()}
     assert {name: one.state for name, one in found.items()} == {
         "lr-01": "done",
