@@ -304,11 +304,11 @@ def test_a_tuned_model_is_tuned_further_and_kept_while_it_is_needed(store: Store
     assert store.job(name)["status"] == "succeeded"
     assert not (adapter.parent / "merged").exists(), "it is made again where it is needed"
     store.delete_model(parent["name"])
-    store.sweep_models()
+    store.remove_unused_weights()
     assert adapter.exists(), "the model that was tuned from it needs it"
     for row in store.tuned(job=name):
         store.delete_model(row["name"])
-    store.sweep_models()
+    store.remove_unused_weights()
     assert not adapter.exists()
     with pytest.raises(RequestError, match="is not available for fine-tuning or does not exist"):
         put_job(store, file, model=parent["name"])

@@ -248,7 +248,7 @@ def test_what_a_job_or_a_model_needs_is_kept(store: Store) -> None:
     assert sorted(path.name for path in store.runs_path.iterdir()) == [kept]
     assert store.expire() == []
     store.act(job, "cancel", "cancelled")
-    store.sweep()
+    store.remove_unused()
     assert not store.content_path("file-open").exists()
     store.delete_model("ft:a:tunesmith::b")
     assert store.expire() == [f"{kept}: its run is removed, no model of it is left"]

@@ -351,7 +351,7 @@ def make_model_router(store: Store, bases: Bases, detach: Detach) -> APIRouter:
             raise RequestError(message, param="model", code="model_in_use")
         await detach(name)
         store.delete_model(name)
-        await asyncio.to_thread(store.sweep_models)
+        await asyncio.to_thread(store.remove_unused_weights)
         return json_response({"id": name, "object": "model", "deleted": True})
 
     return router
