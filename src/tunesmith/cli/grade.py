@@ -182,7 +182,7 @@ def _bounds(
 ) -> tuple[float, float] | None:
     """The bounds of --keep. Raises InputError for options that do not go together, and a page that is none."""
     if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.parent.is_dir()):
-        raise InputError(f"--page {page}: not a page in a folder that is there. Give FILE.html.")
+        raise InputError(f"--page {page}: has to be FILE.html in a folder that exists. Choose another name.")
     if keep is None and out is None:
         return None
     if keep is None or out is None or model is None:
