@@ -280,6 +280,12 @@ def test_a_task_that_is_given_gets_hints_of_its_own() -> None:
     assert meanings(rows, "tag") == []
 
 
+def test_a_teacher_teaches_the_answers_that_a_chat_would_learn() -> None:
+    rows = table(question=words(), answer=words(8))
+    assert usual_meaning(rows, "distil") == usual_meaning(rows, "chat")
+    assert [str(one) for one in meanings(rows, "distil")] == [str(one) for one in meanings(rows, "chat")]
+
+
 def test_all_that_is_read_of_a_row_is_shown(tmp_path: Path) -> None:
     rows = [{"query": "red", "documents": ["a rose", "the sky"], "labels": [1, 0]}]
     path = put(tmp_path, "rank.jsonl", json_lines(rows))

@@ -57,14 +57,15 @@ class ModelCard:
     def to_ask(self, url: str, *, key: str = "") -> str:
         """A line for a shell that asks it, with a `key`; that may be a variable of the shell."""
         body: JsonObject = {"input": "Hello"}
-        path = {"text": "chat/completions", "embeddings": "embeddings", "labels": "classify"}[self.answers]
+        routes = {"text": "/v1/chat/completions", "embeddings": "/v1/embeddings", "labels": "/v1/classify"}
+        route = routes[self.answers]
         if self.answers == "text":
             body = {"messages": [{"role": "user", "content": "Hello"}]}
         elif self.task == "rank":
-            path, body = "rerank", {"query": "Where is my parcel?", "documents": ["It left on Monday.", "Hello"]}
+            route, body = "/v1/rerank", {"query": "Where is my parcel?", "documents": ["It left on Monday.", "Hello"]}
         head = f' -H "Authorization: Bearer {key}"' if key else ""
         data = shlex.quote(orjson.dumps({"model": self.name, **body}).decode())
-        return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{head} -d {data}"
+        return f"curl {url}{route} -H 'Content-Type: application/json'{head} -d {data}"
 
 
 @dataclass(frozen=True, slots=True)

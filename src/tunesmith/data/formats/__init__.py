@@ -49,12 +49,29 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "rank": ("ranked_documents",),
 }
 """Shapes that a task learns from."""
+TwoTexts = tuple[tuple[str, str], str]
+"""Fields of two texts of a row, and what is learnt from them, in words."""
+ANSWERED: TwoTexts = ("prompt", "completion"), "to answer `{0}` with `{1}`"
+WRITTEN: TwoTexts = ("prompt", "completion"), "to write `{1}` from `{0}`"
+PAIR_TASKS: dict[TaskName, TwoTexts] = {
+    "chat": ANSWERED,
+    "distil": ANSWERED,
+    "generate": WRITTEN,
+    "summarize": (("document", "summary"), "to sum up `{0}` as `{1}`"),
+    "embed": (("anchor", "positive"), "that `{1}` belongs to `{0}`"),
+}
+"""Tasks that learn from two texts of a row."""
 
 
 def task_of_rows(shape: Shape) -> TaskName:
     """The task that the first row decides where none is given; all other rows are read for it. chat covers
     generate too, which learns from the same shapes."""
     return next(task for task, shapes in SHAPES.items() if shape in shapes)
+
+
+def learns_chats(task: TaskName | None) -> bool:
+    """Whether a task learns from conversations and from answers to prompts; None: it may turn out to."""
+    return task is None or SHAPES[task] == CHATS
 
 
 def matches(shape: Shape, record: Record) -> bool:
