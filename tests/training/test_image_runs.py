@@ -142,7 +142,7 @@ def test_the_tower_itself_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def batch_of(setup: Any, *members: int) -> Any:
-    return setup.collator.batch(list(members), draw=1)
+    return setup.collator.batch(list(members), step=1)
 
 
 def setup_of(tmp_path: Path, family: str = "llava", **sections: Any) -> Any:

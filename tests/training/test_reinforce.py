@@ -669,7 +669,7 @@ def test_the_recipe_of_a_moved_run_names_its_grader_where_it_is_now(straight, tm
 
 
 def test_prompts_are_tried_for_numbers_that_are_too_large(setup):
-    assert not setups._overflows(setup, was_chosen=True)
+    assert not setups._overflows(setup, is_default=True)
     with torch.no_grad():
         next(setup.model.parameters()).fill_(float("inf"))
-    assert setups._overflows(setup, was_chosen=True)
+    assert setups._overflows(setup, is_default=True)

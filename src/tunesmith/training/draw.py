@@ -309,7 +309,7 @@ class Drawing:
         logps: dict[int, NDArray[np.float32]] = {}
         view.model.train()  # without dropout, and in which layers are recomputed
         for rows in view.sampler.step(1):
-            batch = view.collator.batch(rows, draw=1)
+            batch = view.collator.batch(rows, step=1)
             logp_N = log_probs(view.model, batch, self.options.temperature, self.output).float().cpu().numpy()
             row_of_N = batch.row_of_N.cpu().numpy()
             logps |= {row: logp_N[row_of_N == b] for b, row in enumerate(batch.row_indices)}

@@ -163,7 +163,7 @@ def _answers(loaded: LoadedModel, collator: Collator | None, rows: list[int]) ->
     answers = []
     for row in rows:
         assert collator is not None, "there are rows"
-        batch = collator.batch([row], draw=0)
+        batch = collator.batch([row], step=0)
         with eval_mode(loaded.model):
             if loaded.head == "vector":
                 logits_NV = hidden_states(loaded.model, batch)[batch.predict_N]

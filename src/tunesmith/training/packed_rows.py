@@ -15,7 +15,7 @@ from tunesmith.inference.load import has_token_types
 from tunesmith.models.packing_check import PackingCheck, check_packing
 from tunesmith.types import BatchImage, ImageRef, ModelKind, Placeholders, Row
 
-PACKED = "packed batches: a probe of rows with images had the same answers end to end as each row alone"
+PACKED_NOTE = "packed batches: a probe of rows with images had the same answers end to end as each row alone"
 MOST_PROBED = 2_048
 """Most tokens of a row with images that is tried: it is read whole."""
 LOOKED_AT = 1_000

@@ -52,7 +52,7 @@ from tunesmith.training.image_parts import decide_seeing, forecast_notes
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import as_answers, streams_of
 from tunesmith.training.served_teacher import ServedTeacher, notes_on_asking
-from tunesmith.training.shared_prefixes import decide_sharing, filled_by, image_token_of
+from tunesmith.training.shared_prefixes import decide_sharing, image_token_of, with_shared_prefixes
 from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 
 LARGE_CHECKPOINT = 256 * 2**20
@@ -72,8 +72,8 @@ class ResolvedRun:
     """Notes on the forecast; inputs and rows have their own."""
     inputs: Inputs
     rows: Splits
-    given: JsonObject
-    """Options that the recipe gave, where they differ from the defaults."""
+    user_options: JsonObject
+    """Options of the user's recipe that differ from the defaults."""
     forecast: Forecast | None
     """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
     root: Path
@@ -105,8 +105,8 @@ def resolve_run(
         RecipeError, DataError, ModelError: what was given cannot be used.
         DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
     """
-    # 1. What a person gave, on the machine in question.
-    given, world = changed(recipe), world or World()
+    # 1. What the user set, on the machine in question.
+    user_options, world = changed(recipe), world or World()
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
@@ -145,7 +145,7 @@ def resolve_run(
             decisions.set(key, value)
     # 5. One recipe.
     choices = [choice for choice in decisions.choices if is_here or choice.key not in ("device", "threads")]
-    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast, root, offline)
+    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, user_options, forecast, root, offline)
 
 
 def _facts(inputs: Inputs, rows: Splits, device: Device | None, processes: int, *, recipe: Recipe) -> Facts:
@@ -227,7 +227,7 @@ def _steps_of(
         return sampler
     choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
     shares = choice is not None and bool(choice.value)
-    return filled_by(sampler, rows.store, image_token_of(inputs, rows.store)) if shares else sampler
+    return with_shared_prefixes(sampler, rows.store, image_token_of(inputs, rows.store)) if shares else sampler
 
 
 def _forecast(
@@ -261,7 +261,7 @@ def _forecast(
         device=device,
         base=resident_bytes(),
         others=other_models,
-        general_tokens=_general_tokens(inputs) if resolved(recipe.evaluation.general) else 0,
+        general_tokens=_general_tokens(inputs, recipe.evaluation),
         grade=grade_seconds(graders.load(recipe.grader_at)) if rows.is_prompts else 0.0,
         shown=Shown.of(rows, inputs.renderer.placeholders),
     )
@@ -377,9 +377,11 @@ def _speaks(inputs: Inputs) -> bool:
     return general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
 
 
-def _general_tokens(inputs: Inputs) -> int:
-    """Tokens of the general text; 0 for a model that cannot continue it."""
-    return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if _speaks(inputs) else 0
+def _general_tokens(inputs: Inputs, evaluation: EvaluationOptions) -> int:
+    """Tokens of the general text that a run reads; 0 where it reads none, or the model cannot continue it."""
+    if not resolved(evaluation.general) or not _speaks(inputs):
+        return 0
+    return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer))
 
 
 def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:

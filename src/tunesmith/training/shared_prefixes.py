@@ -48,7 +48,7 @@ class CommonPrefixes:
 
 def shared_prefixes(sampler: StepSampler, store: RowStore, image_token: int | None) -> CommonPrefixes:
     """Tokens shared by rows of the first steps, whoever computes them: a function of the sampler alone."""
-    sampler = filled_by(replace(sampler, part=(0, 1)), store, image_token)
+    sampler = with_shared_prefixes(replace(sampler, part=(0, 1)), store, image_token)
     tokens, computed = 0, 0
     probe: tuple[Row, ...] = ()
     for step in range(1, min(PROBE_STEPS, sampler.steps_per_epoch) + 1):
@@ -122,8 +122,9 @@ def image_token_of(inputs: Inputs, store: RowStore) -> int | None:
     return None if store.images is None or placeholders is None else placeholders.token_id
 
 
-def filled_by(sampler: StepSampler, store: RowStore, image_token: int | None) -> StepSampler:
-    """The steps again, in micro-batches filled by what is computed where prefixes are shared."""
+def with_shared_prefixes(sampler: StepSampler, store: RowStore, image_token: int | None) -> StepSampler:
+    """The sampler of the same steps, whose micro-batches are filled by the tokens that are computed when shared
+    prefixes are computed once."""
     return replace(sampler, keys_of=lambda index: prefix_keys(store.row(index), image_token))
 
 

@@ -77,7 +77,7 @@ def plan_values(setup: Setup) -> JsonObject:
     sampler = setup.sampler
     return {
         **_in_short(setup, setup.located.name),
-        "given": setup.given,
+        "given": setup.user_options,
         "choices": _choices(setup.choices),
         "unusual": unusual(setup.choices),
         "rows": row_counts(setup),
@@ -114,7 +114,7 @@ def resolved_values(found: ResolvedRun) -> JsonObject:
     )
     return {
         **_in_short(found, found.inputs.located.name),
-        "given": found.given,
+        "given": found.user_options,
         "choices": _choices(found.choices),
         "rows": {
             "train": len(rows.train_rows),
