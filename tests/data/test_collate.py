@@ -108,14 +108,14 @@ def test_four_fifths_are_hidden_a_tenth_is_another_and_a_tenth_itself() -> None:
     assert len(set(others.tolist())) > 100
 
 
-def test_masks_follow_from_seed_draw_and_row_alone() -> None:
+def test_masks_follow_from_seed_step_and_row_alone() -> None:
     def places(**options: Any) -> list[int]:
-        asked = {"seed": 3, "draw": 1, "index": 0, **options}
+        asked = {"seed": 3, "step": 1, "index": 0, **options}
         made = masking(seed=asked.pop("seed")).apply(LONG, num=50, **asked)
         return [*made.trained.nonzero()[0].tolist(), *made.ids[made.trained].tolist()]
 
     assert places() == places()
-    assert len({str(places(**options)) for options in ({}, {"seed": 4}, {"draw": 2}, {"index": 1})}) == 4
+    assert len({str(places(**options)) for options in ({}, {"seed": 4}, {"step": 2}, {"index": 1})}) == 4
 
 
 def store_of(path: Path, text: str, **options: Any) -> RowStore:

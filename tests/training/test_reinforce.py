@@ -436,7 +436,7 @@ def test_the_reference_is_the_untouched_model_at_every_step(tmp_path, kl):  # tr
         ({"reinforce": {"samples": 1}}, "samples"),
         ({"reinforce": {"kl": 0.1}, "method": "full"}, "reinforce.kl: 0.1: needs the untouched model"),
         ({"method": {"dropout": 0.1}}, "dropout"),
-        ({"shard": True}, "shard: true: answers cannot be drawn from layers that are split"),
+        ({"shard": True}, "shard: true: answers cannot be drawn while layers are split"),
         ({"task": "chat"}, "reinforce.grader: .*task chat has no grader"),
         ({"data": {"columns": {"prompt": "number"}}}, "data.columns"),
         ({"evaluation": {"surprising": 5}}, "evaluation.surprising"),

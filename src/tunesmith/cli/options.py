@@ -69,7 +69,7 @@ Grader = Annotated[
 ]
 Teacher = Annotated[
     str | None,
-    typer.Option(metavar="RUN|MODEL|URL", help="Task distil: the model to learn from, of the same vocabulary."),
+    typer.Option(metavar="RUN|MODEL|URL", help="Task distil: the model to learn from, with the same vocabulary."),
 ]
 Track = Annotated[
     list[str] | None,

@@ -48,7 +48,7 @@ def ui(
     tunesmith ui --port 8001 --data ~/rows --no-browser
     """
     if os.name != "posix":
-        raise InputError("ui: runs on Linux and macOS only. `tunesmith serve` has a page to chat everywhere.")
+        raise InputError("ui: runs on Linux and macOS only. `tunesmith serve` has a chat page on every system.")
     if not data.is_dir():
         raise InputError(f"--data: {data}: is no folder. Make it, or name another.")
     check_extra("serve")
