@@ -150,7 +150,7 @@ def test_two_people_at_once_are_told(tmp_path: Path) -> None:
         assert "Stops after its step" in client.get("/ui/runs/both-0001").text, "the other one sees it"
         refused = client.post("/v1/runs/both-0001/resume", json={}, headers=OWN)
         assert (refused.status_code, refused.json()["error"]["message"]) == (
-            409, "both-0001: it is running: there is nothing to resume.",
+            409, "both-0001: it is running, so there is nothing to resume.",
         )  # fmt: skip
     assert client.post("/v1/runs/both-0001/stop", json={}, headers=OWN).status_code == 409
 

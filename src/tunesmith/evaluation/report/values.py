@@ -71,8 +71,9 @@ def build(run: Run, series: RunSeries, facts: Record, progress: Record) -> JsonO
         "surprising": _optional(run, "evaluation/surprising.json", {"looked_at": 0, "rows": []}),
         "general": _general_ability(series),
     }
-    judged = _judged(run, report)
-    return {**judged, "try_next": [asdict(advice) for advice in try_next(judged, run.recipe(), course)]}
+    judged, recipe = _judged(run, report), run.recipe()
+    advices = try_next(judged, course, optim=recipe.optim, train=recipe.train, has_eval=bool(recipe.data.eval))
+    return {**judged, "try_next": [asdict(advice) for advice in advices]}
 
 
 def _optional(run: Run, name: str, absent: Any) -> Any:
