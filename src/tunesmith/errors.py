@@ -241,7 +241,9 @@ def why_refused(error: Exception, repo: str, kind: Kind, revision: str | None) -
     if has_token and status == 401:
         return f"{hub} does not accept the token here ({text}). `hf auth login` again, or correct HF_TOKEN."
     if isinstance(error, RepositoryNotFoundError):
-        way = "the token here may not read it if it is private" if has_token else "a private one needs `hf auth login`"
+        way = "a private one needs `hf auth login`"
+        if has_token:
+            way = "the token here may not read it if it is private"
         return f"{_MISSING[kind]}, {hub}. Check the spelling; {way}."
     if status == 403:
         return f"{hub}: the token here has no right to read it ({text}). Give the token that right."

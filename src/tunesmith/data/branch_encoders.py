@@ -58,7 +58,8 @@ class BranchEncoder(RowEncoder):
 
     def lines(self, example: Example) -> list[Example]:
         """Each branch behind the stem; an example without branches as it is."""
-        return [replace(example, parts=(*example.parts, *branch), branches=()) for branch in example.branches or ((),)]
+        branches = example.branches or ((),)
+        return [replace(example, parts=(*example.parts, *branch), branches=()) for branch in branches]
 
     def row(self, example: Example, sides: Sequence[tuple[Example, Drafts]]) -> Drafts:
         """The row of all lines and their drafts, or what is wrong with one of them."""

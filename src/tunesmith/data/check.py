@@ -447,4 +447,6 @@ def spans_of_texts(example: Example) -> tuple[Span, ...]:
 
 def _said(part: Part, *, named: bool) -> list[Span]:
     name = f"{part.role}: " if named else ""
-    return [(name, False), (part.text, True), ("\n", False)] if part.trained else [(f"{name}{part.text}\n", False)]
+    if part.trained:
+        return [(name, False), (part.text, True), ("\n", False)]
+    return [(f"{name}{part.text}\n", False)]

@@ -155,7 +155,9 @@ class Collator:
         """Add to a batch that was built of lines the line and the row of each target, and the values of each row:
         its own, then the reference of each branch."""
         reference_IK, device = self.store.learnt.reference_IK, batch.row_of_N.device
-        reference_BK = np.zeros((len(rows), 2)) if reference_IK is None else reference_IK[list(batch.row_indices)]
+        reference_BK = np.zeros((len(rows), 2))
+        if reference_IK is not None:
+            reference_BK = reference_IK[list(batch.row_indices)]
         values_BV = np.concatenate([np.array([row.values for row in rows], np.float64), reference_BK], axis=1)
         row_of_line = np.repeat(np.arange(len(rows)), list(map(len, lines_of_rows)))
         float_type = torch.float32 if device.type == "mps" else torch.float64

@@ -69,8 +69,8 @@ class Meaning:
     by_number: bool = False
 
     def __str__(self) -> str:
-        option = paste(self.columns, task=self.task) + (" --set data.label_kind=number" if self.by_number else "")
-        return f"To learn {self.learns}: {option}."
+        number_kind = " --set data.label_kind=number" if self.by_number else ""
+        return f"To learn {self.learns}: {paste(self.columns, task=self.task)}{number_kind}."
 
     @property
     def way(self) -> WayOut:
@@ -126,9 +126,8 @@ def _values(column: Sequence[Any]) -> Values:
     if _repeat(texts) or of_lists:  # of lists any number of classes hold
         return "label" if _repeat(texts) else "other"
     if _share(_NUMBER, texts) == 1:
-        return (
-            "other" if len(set(texts)) == len(texts) and not any(set(text) & set(".,") for text in texts) else "number"
-        )
+        are_whole = not any(set(text) & set(".,") for text in texts)
+        return "other" if are_whole and len(set(texts)) == len(texts) else "number"  # a counter, or numbers
     if _share(_OTHER, texts) + _share(_ID, texts) > 0.9 or len(set(texts)) * 2 < len(texts):
         return "other"
     num_words, num_chars = sum(len(text.split()) for text in texts), sum(map(len, texts))
@@ -153,7 +152,9 @@ def _length(rows: Sequence[Record], name: str) -> float:
 def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
     """Guess what rows of unknown fields are for, likeliest first, at most two; none if values do not say."""
     kinds = values_of(rows)
-    by: dict[Values, list[str]] = {kind: [name for name in kinds if kinds[name] == kind] for kind in kinds.values()}
+    by: dict[Values, list[str]] = {}
+    for name, kind in kinds.items():
+        by.setdefault(kind, []).append(name)
     texts, labels, names = by.get("text", []), by.get("label", []), by.get("name", [])
     if not texts and names:  # a phrase each
         texts = [max(names, key=lambda name: _length(rows, name))]
@@ -222,8 +223,8 @@ def usual_meaning(rows: Sequence[Record], task: TaskName | None) -> Meaning | No
     if any(not isinstance(row.get(name), str) for row in rows for name in used) and chat:
         return None
     # Another text may be what matters: the user decides.
-    rest = [name for name in kinds if name not in used and kinds[name] == "text" and _plain(name) not in NAMES_ABOUT]
-    return None if rest else meaning
+    other_texts = [name for name in kinds if name not in used and kinds[name] == "text"]
+    return meaning if all(_plain(name) in NAMES_ABOUT for name in other_texts) else None
 
 
 def _is_whole(row: Record, task: TaskName | None) -> bool:
@@ -334,7 +335,8 @@ def ask_text_or_classes(data: Data) -> DataError | None:
             continue
         kinds = {name: kind for name, kind in values_of(rows).items() if name != text}
         few = len(rows) < FEW_COLUMN_ROWS
-        labels = [name for name, kind in kinds.items() if kind == "label" and (few or _plain(name) not in NAMES_ABOUT)]
+        labels = [name for name, kind in kinds.items() if kind == "label"]
+        labels = [name for name in labels if few or _plain(name) not in NAMES_ABOUT]
         labels.sort(key=lambda name: _plain(name) not in LABEL_NAMES)
         labels += [name for name in kinds if _plain(name) in LABEL_NAMES and name not in labels]
         texts = [name for name, kind in kinds.items() if few and kind in ("name", "text")]

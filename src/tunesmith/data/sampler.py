@@ -156,7 +156,9 @@ class StepSampler:
     def _sides_of(self, rows: Sequence[int]) -> NDArray[np.int32]:
         """Tokens of these rows, [B, S]: source and target apart for an encoder–decoder."""
         if "sides" not in self._cache:
-            sides = [self.lengths_I] if self.targets_I is None else [self.lengths_I - self.targets_I, self.targets_I]
+            sides = [self.lengths_I]
+            if self.targets_I is not None:
+                sides = [self.lengths_I - self.targets_I, self.targets_I]
             self._cache["sides"] = np.zeros((int(self.rows_I.max()) + 1, len(sides)), np.int32)
             self._cache["sides"][self.rows_I] = np.stack(sides, axis=1)
         sides_of_rows: NDArray[np.int32] = self._cache["sides"][list(rows)]
@@ -200,7 +202,8 @@ def make_micro_batches(
     if targets:
         sides_RS = np.array([np.subtract(lengths, targets), targets], np.int64).T
     order_R = np.lexsort((rows, -sides_RS.sum(1)))
-    return [tuple(rows[i] for i in order_R[cut]) for cut in _cut_padded(sides_RS[order_R], tokens_per_pass, cost)]
+    cuts = _cut_padded(sides_RS[order_R], tokens_per_pass, cost)
+    return [tuple(rows[i] for i in order_R[cut]) for cut in cuts]
 
 
 def copies_in(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
@@ -236,8 +239,11 @@ def make_sharing_micro_batches(rows: Sequence[int], keys: Sequence[Keys], *, tok
             computed, read = with_member
         units.append((_counted_tokens(computed, read), unit))
     units.sort(key=lambda unit: (-unit[0], unit[1]))
-    batches = _fill_packed([size for size, _ in units], tokens_per_pass)
-    return [tuple(rows[order[at]] for at in sorted(at for i in members for at in units[i][1])) for members in batches]
+    batches: list[MicroBatch] = []
+    for members in _fill_packed([size for size, _ in units], tokens_per_pass):
+        places = sorted(place for i in members for place in units[i][1])
+        batches.append(tuple(rows[order[place]] for place in places))
+    return batches
 
 
 def _counted_tokens(computed: int, read: int) -> int:

@@ -77,7 +77,9 @@ class Splits:
     @property
     def found_again(self) -> str:
         """Rows that an earlier run or plan has encoded, by the hash of all that determines them; "": none."""
-        stores = {"training": self.store} | ({} if self.held_store is self.store else {"held-out": self.held_store})
+        stores = {"training": self.store}
+        if self.held_store is not self.store:
+            stores["held-out"] = self.held_store
         if not (reused := {what: store for what, store in stores.items() if store.reused}):
             return ""
         counts = " and ".join(f"{len(store):,} {what}" for what, store in reused.items())

@@ -72,7 +72,8 @@ class FileChecks:
         for job in sorted(waiting, key=lambda job: (self.last_start.get(job["project"], 0), job["seq"])):
             if len(self.active) >= CHECKS_AT_ONCE:
                 break
-            if job["id"] not in self.active and all(project != job["project"] for project, _ in self.active.values()):
+            is_idle = all(project != job["project"] for project, _ in self.active.values())
+            if is_idle and job["id"] not in self.active:
                 self.active[job["id"]] = (job["project"], self.start(self._place(job["id"]), self._request(job)))
                 self.last_start[job["project"]] = time.monotonic()
 

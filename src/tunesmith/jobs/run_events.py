@@ -33,7 +33,11 @@ class EventTranslator:
         self.last_reward: float | None = None
 
     def __call__(self, run_events: Iterable[Event]) -> list[JsonObject]:
-        return [{**row, "created_at": int(run_event.time)} for run_event in run_events for row in self._rows(run_event)]
+        rows: list[JsonObject] = []
+        for run_event in run_events:
+            created_at = int(run_event.time)
+            rows += [{**row, "created_at": created_at} for row in self._rows(run_event)]
+        return rows
 
     def _rows(self, run_event: Event) -> Iterator[JsonObject]:
         values = run_event.values

@@ -263,9 +263,10 @@ class Store:
         """
         stored = self._read(sa.select(files.c.id, files.c.deleted_at))
         # Read after the files: a job that is made of one meanwhile is seen here.
-        needed = {row["request"].get(key) for row in self.open_jobs() for key in ("training_file", "validation_file")}
+        open_jobs = list(self.open_jobs())
+        needed = {row["request"].get(key) for row in open_jobs for key in ("training_file", "validation_file")}
         needed |= {row["id"] for row in stored if row["deleted_at"] is None}
-        needed |= {derived_id("file-", row["id"], "results") for row in self.open_jobs()}  # written first
+        needed |= {derived_id("file-", row["id"], "results") for row in open_jobs}  # written first
         deleted = {row["id"] for row in stored} - needed
         unknown = []
         for path in list(self.files_path.iterdir()):
@@ -307,7 +308,9 @@ class Store:
                     else:
                         is_over = (jobs.c.finished_at < before) & jobs.c.id.not_in(kept_jobs)
                     rows = sa.update(table).where(table.c.project == project, table.c[done].is_(None), is_over)
-                    what = "its time is over" if table is files else "its run is removed, no model of it is left"
+                    what = "its run is removed, no model of it is left"
+                    if table is files:
+                        what = "its time is over"
                     gone = connection.scalars(rows.values({done: now}).returning(table.c.id))
                     lines += [f"{name}: {what}" for name in gone]
         if lines:

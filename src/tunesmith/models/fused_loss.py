@@ -153,7 +153,9 @@ def find_output_layer(model: PreTrainedModel) -> OutputLayer | None:
     ours = output.logits(hidden_TD)
     tolerance = 4 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     # A model of values that are not numbers has no such layer: its losses then say so.
-    return output if ours.shape == expected.shape and bool(((ours - expected).abs() <= tolerance).all()) else None
+    if ours.shape != expected.shape or not bool(((ours - expected).abs() <= tolerance).all()):
+        return None
+    return output
 
 
 class _LossSum(torch.autograd.Function):

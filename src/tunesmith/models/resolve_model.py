@@ -228,7 +228,8 @@ def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) ->
         text = json.dumps({"__metadata__": metadata.metadata or {}, **tensors}).encode()
         with storing(folder / name), open(folder / name, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(out.tell() + max((info.data_offsets[1] for info in metadata.tensors.values()), default=0))
+            ends = [info.data_offsets[1] for info in metadata.tensors.values()]
+            out.truncate(out.tell() + max(ends, default=0))
     return ModelRef("hub", folder, model, commit, headers)
 
 

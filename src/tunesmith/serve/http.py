@@ -57,7 +57,9 @@ def bind(host: str, port: int) -> BoundSocket:
         listener = socket.create_server(address[:2], family=family, backlog=1, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0
-        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or "it is not the name of a host"
+        why = getattr(error, "strerror", None) or "it is not the name of a host"
+        if number > 0:
+            why = os.strerror(number)
         message = f"{host}:{port}: {why}. Choose another with --host and --port; port 0 is any free one."
         raise InputError(message) from None
     name = listener.getsockname()

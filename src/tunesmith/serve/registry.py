@@ -67,7 +67,8 @@ class Registry:
     @property
     def decoders(self) -> list[Decoder]:
         """The decoders of all models that write, each once."""
-        return list(dict.fromkeys(model.decoder for model in self.models.values() if isinstance(model, ServedModel)))
+        served = [model for model in self.models.values() if isinstance(model, ServedModel)]
+        return list(dict.fromkeys(model.decoder for model in served))
 
     def find(self, name: str, kind: type[M]) -> M:
         """Raises RequestError if there is no such model of this kind."""
@@ -339,7 +340,8 @@ class LocalEngine:
     def __init__(self, loaded: LoadedModel, note: Note) -> None:
         decoder = choose_decoder(loaded.located.name, loaded.model, AdapterSet(loaded.model), note, streams=1)
         self.model = ServedModel(_card(loaded, "", None, "text"), loaded, decoder)
-        self._schedulers = {each: Scheduler(each, streams=1) for each in (decoder, decoder.seeing) if each is not None}
+        decoders = [each for each in (decoder, decoder.seeing) if each is not None]
+        self._schedulers = {each: Scheduler(each, streams=1) for each in decoders}
 
     def generate(
         self,

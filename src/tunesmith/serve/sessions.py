@@ -114,14 +114,16 @@ class Access:
         """{name, made} of each key for a program, newest first."""
         self._read()
         words = [(since, name.split()) for name, since in self._sessions.items() if _is_alive(since)]
-        keys = [{"name": parts[1], "made": since} for since, parts in words if len(parts) == 3 and parts[0] == "key"]
+        of_programs = [(since, parts) for since, parts in words if len(parts) == 3 and parts[0] == "key"]
+        keys = [{"name": parts[1], "made": since} for since, parts in of_programs]
         return sorted(keys, key=lambda key: -key["made"])
 
     def end_key(self, name: str) -> bool:
         """End the key of that name for a program. Returns whether there was one. Raises RequestError 507
         where the file cannot be written: the next server would take the key."""
         self._read()
-        others = {known: since for known, since in self._sessions.items() if not known.startswith(KEY.format(name))}
+        start = KEY.format(name)
+        others = {known: since for known, since in self._sessions.items() if not known.startswith(start)}
         had_one = len(others) < len(self._sessions)
         try:
             self._write(others)

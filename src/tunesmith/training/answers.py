@@ -62,8 +62,10 @@ def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
 def samples(session: Session, name: str, writing: Continuation | None) -> Iterator[JsonObject]:
     """The values of the "sample" events of the prompts, in order; each rank writes some of the answers."""
     setup, world = session.setup, session.setup.world
-    mine = [] if writing is None else [(row, answer.text, answer.stopped) for row, answer in writing.answers.items()]
-    of_rows = {row: GeneratedAnswer(text, stopped) for part in world.gather_values(mine) for row, text, stopped in part}
+    written = {} if writing is None else writing.answers
+    own_part = [(row, answer.text, answer.stopped) for row, answer in written.items()]
+    gathered = [entry for part in world.gather_values(own_part) for entry in part]
+    of_rows = {row: GeneratedAnswer(text, stopped) for row, text, stopped in gathered}
     prompts = prompts_of(setup, name)
     rows = rows_of(prompts, setup) if of_rows else {}
     answers = {index: of_rows[row] for index, row in rows.items() if row in of_rows}

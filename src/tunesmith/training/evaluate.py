@@ -105,7 +105,8 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
         _write(session, f"{name}.json", to_json(details))
     seconds = time.perf_counter() - started
     progress.evaluate_seconds += seconds
-    sources = loss_by_source(results, setup.rows.held_sources()) if len(rows_I) == len(setup.rows.held_rows) else {}
+    is_whole = len(rows_I) == len(setup.rows.held_rows)
+    sources = loss_by_source(results, setup.rows.held_sources()) if is_whole else {}
     documents = {"documents": len(np.unique(hashes_I))} if setup.task.in_windows else {}
     if name == "step":
         _remember(session, _metric(measures, setup.recipe.evaluation.metric), measures["loss"]["value"])

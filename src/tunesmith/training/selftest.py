@@ -118,7 +118,8 @@ def _task_of(located: ModelRef, template: str | None) -> TaskName:
     """The task that is usual for a model."""
     kind = model_kind(located)
     tokenizer = load.load_tokenizer(located, template, on_note=lambda note: None)
-    fitting = [task for task in TASKS.values() if kind in task.heads and (tokenizer.chat_template or not task.is_chat)]
+    has_template = bool(tokenizer.chat_template)
+    fitting = [task for task in TASKS.values() if kind in task.heads and (has_template or not task.is_chat)]
     # An encoder of sentences has no head for masked tokens, and every encoder can get one for classes.
     return min(fitting, key=lambda task: kind == "encoder" and not task.learns_classes).name
 

@@ -85,8 +85,8 @@ def decide_sharing(
         or has_token_types(model, inputs.renderer.tokenizer)
     ):
         return None
-    samples, image_token = TASKS[resolved(recipe.task)].samples, image_token_of(inputs, store)
-    if samples:
+    task, image_token = TASKS[resolved(recipe.task)], image_token_of(inputs, store)
+    if task.samples:
         shared = _of_answers(sampler, store, recipe.reinforce.samples)
     else:
         shared = shared_prefixes(sampler, store, image_token)
@@ -95,12 +95,12 @@ def decide_sharing(
             KEY, False, f"beginnings that rows of a step share are only {percent(shared.saved, 0)} of their tokens"
         )
     what = f"rows of a step share their beginnings, {percent(shared.saved, 0)} of their tokens"
-    if samples:
+    if task.samples:
         what = "answers to a prompt share its tokens, which"
     problem = ""
     if recipe.kernels == "plain":
         problem = "kernels: plain leaves them"
-    elif not TASKS[resolved(recipe.task)].compares and not samples and (random := random_option(model, recipe.method)):
+    elif not task.compares and not task.samples and (random := random_option(model, recipe.method)):
         problem = f"{random} draws anew for each row"
     elif store.images is not None and hasattr(model.base_model, "get_rope_index"):
         problem = "this model counts positions by the images of whole rows"

@@ -77,7 +77,9 @@ def learns_chats(task: TaskName | None) -> bool:
 def matches(shape: Shape, record: Record) -> bool:
     """Whether a row has the fields of a shape."""
     row_format = FORMATS[shape]
-    return row_format.matches(record) if row_format.matches else all(field in record for field in row_format.required)
+    if row_format.matches:
+        return row_format.matches(record)
+    return all(field in record for field in row_format.required)
 
 
 def find_shape(record: Record, *, task: TaskName | None = None, answered: bool = True) -> Shape | None:

@@ -34,7 +34,8 @@ def _parse_preference(record: JsonObject, source: Source, *, answered: bool = Tr
     Not `answered`: the prompt alone.
     """
     check, openai_input = RowProblems(source), record.get("input")
-    tools = tools_of(openai_input if "tools" not in record and isinstance(openai_input, dict) else record, check)
+    has_own_tools = "tools" in record or not isinstance(openai_input, dict)
+    tools = tools_of(record if has_own_tools else openai_input, check)
     if not answered:
         return prompt_alone(record.get("prompt"), tools, check, "preference")
     margin = record.get("margin")

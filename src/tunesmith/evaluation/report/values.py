@@ -345,7 +345,8 @@ def headline(report: Record) -> Iterator[str]:
         yield f"{where}{info.label} is {now}."
     if baseline is not None:
         sentence = baseline_sentence(after["measures"], baseline)
-        yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
+        is_judged = before is None and baseline["key"] == key
+        yield f"{where}{sentence}." if is_judged else f"{capitalized(sentence)}."
     if report.get("chosen_from", 0) > 1:
         num = report["chosen_from"]
         yield f"These very rows chose the step, as the best of {num}, which flatters it a little."
