@@ -207,10 +207,8 @@ def build_batch(
     Labels and pooled tokens are not shifted: each is predicted at its own position. An encoder–decoder reads
     the source; its decoder reads `decoder_start` and the target without its last token.
 
-    Args:
-        rows: whole rows, or their lines, which are laid out as rows are.
-        row_indices: the places of the rows in the store, for `Batch`.
-        layout: this and the other options are those of `Collator`.
+    `rows`: whole rows, or their lines, which are laid out as rows are. `row_indices`: the places of the rows in
+    the store, for `Batch`. Options are those of `Collator`.
     """
     has_decoder, is_packed = layout == "encoder_decoder", layout == "packed"
     inputs = [_source(row) if has_decoder else row.ids for row in rows]

@@ -204,26 +204,22 @@ def load_model(
 ) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`, in eval mode, with a head that answers with `labels`.
 
-    Each weight is read straight onto the device; weights of a GGUF are moved there later.
+    Weights are read straight onto the device, a GGUF's are moved there. Raises ModelError where a weight is missing
+    or misshapen, unless it belongs to a new head, or where transformers has no such head for the model.
 
     Args:
-        head: the kind of head.
-        labels: a head that has these labels already is kept, and any other replaced by a new one. None: the
-            model keeps its head.
-        seed: decides the weights of a new head, alone.
+        labels: a head that has these labels already is kept, any other is replaced. None: the model keeps its head.
+        seed: alone decides the weights of a new head.
         tokenizer: the model's own, if it was loaded already.
-        packing: how weights are quantized on the device; None: they are not.
-        on_note: gets new weights, and weights of the files that the model does not use: a save will lack them.
-
-    Raises:
-        ModelError: another weight is missing or has another shape than the config says, or transformers has no
-            such head for the model.
+        packing: the way in which weights are quantized on the device; None: they are not.
+        on_note: gets notes on new weights, and on weights that the model does not use, which a save will lack.
     """
     contention.watch()  # whoever loads a model computes with it, next to whatever else runs on the machine
     # Reading a GGUF's config takes as long as its weights; it has no labels, and no architecture without heads.
     config = None if located.is_gguf else load_config(located)
     settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)
     if not located.is_gguf:
+        settings["use_safetensors"] = True
         settings |= {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
         settings |= {} if packing is None else {"quantization_config": packing}
     # What transformers draws for missing weights is drawn again below: it leaves no trace in the process.
@@ -231,14 +227,13 @@ def load_model(
         model, report = auto_class(located, config, head).from_pretrained(
             **pretrained_args(located),
             **settings,
-            **({} if located.is_gguf else {"use_safetensors": True}),
             dtype=dtype,
             ignore_mismatched_sizes=labels is not None,
             output_loading_info=True,
         )
     if head == "sequence" and not heads.pools_last(model) and model_kind(located) == "causal":
-        name = type(model).__name__
-        raise ModelError(f"{located.name}: the head of a {name} reads a text in its own way. Use another model.")
+        what = f"the head of a {type(model).__name__} reads a text in its own way"
+        raise ModelError(f"{located.name}: {what}. Use another model.")
     may_be_new = labels is not None or head in ("masked_token", "vector")
     missing = _missing_head_weights(located, model, report, may_be_new=may_be_new)
     if head == "vector" and missing:
@@ -248,11 +243,8 @@ def load_model(
     heads.init_head(model, new_names, seed=seed)
     if config is not None and not keeps_head and set(new_names).isdisjoint(report["missing_keys"]):
         on_note(f"{located.name} has a head for other labels ({listed(config.id2label.values())}): it is replaced")
-    if new_names:
-        note = f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(new_names)}"
-        on_note(Aside(note) if set(new_names) <= set(heads.new_head_names(model)) else note)
-    if unused := sorted(report["unexpected_keys"]):
-        on_note(_unused_note(located, model, unused))
+    for note in _notes_on_weights(located, model, new=new_names, seed=seed, unused=sorted(report["unexpected_keys"])):
+        on_note(note)
     if heads.pools_last(model) or (head == "vector" and config is not None and not located.is_gguf):
         choose_pad_token(model, tokenizer or load_tokenizer(located, None), on_note)
     if located.is_gguf:
@@ -260,10 +252,17 @@ def load_model(
     return model.to(device)
 
 
-def _unused_note(located: ModelRef, model: PreTrainedModel, unused: list[str]) -> str:
-    """A note on weights that were not loaded: an aside where they belong to another head, as is usual."""
-    note = f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}"
-    return Aside(note) if all(map(_HEAD_WEIGHT.search, unused)) else note
+def _notes_on_weights(
+    located: ModelRef, model: PreTrainedModel, *, new: Sequence[str], seed: int, unused: Sequence[str]
+) -> Iterator[str]:
+    """Notes on new weights, and on weights that were not loaded. They are asides where the weights belong to a
+    head: a new one, or another one than the model gets."""
+    if new:
+        note = f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(new)}"
+        yield Aside(note) if set(new) <= set(heads.new_head_names(model)) else note
+    if unused:
+        note = f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}"
+        yield Aside(note) if all(map(_HEAD_WEIGHT.search, unused)) else note
 
 
 def auto_class(located: ModelRef, config: PreTrainedConfig | None, head: HeadName) -> Any:

@@ -245,17 +245,14 @@ def _check_compared(data: Data, loss: Loss, task: Task, options: OptionGroup) ->
         )
     for option in ("label_smoothing", "z_loss"):
         if getattr(loss, option):
-            way = "Leave it out"
-            if task.section and hasattr(options, option):
-                way = f"Use {task.section.name}.{option}"
+            way = f"Use {task.section.name}.{option}" if task.section and hasattr(options, option) else "Leave it out"
             raise RecipeError(f"loss.{option}: is for tokens and classes; task {task.name} compares. {way}.")
 
 
 def _rate(options: MethodOptions, optim: Optim, task: Task, facts: Facts) -> tuple[float, str]:
     method = METHODS[options.name]
     if (task_rates := task.rates) is not None:
-        small, large = task_rates.adapter if method.is_adapter else task_rates.full
-        rate = large if facts.num_parameters >= task_rates.large else small
+        rate = (task_rates.adapter if method.is_adapter else task_rates.full)[facts.num_parameters >= task_rates.large]
         reason = f"usual for task {task.name} {'with an adapter' if method.is_adapter else 'in full tuning'}"
     else:
         rate, reason = method.learning_rate(options, facts.kind, facts.num_parameters)

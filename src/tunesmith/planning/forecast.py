@@ -353,9 +353,7 @@ def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_fill
 def targets_of(store: RowStore) -> NDArray[np.float64]:
     """[I], positions of each row whose logits are computed: of masked words those that are drawn, and one of a
     row with several classes, which the denominator of the loss counts each."""
-    if store.branches.has_any:
-        return store.targets.astype(float)
-    return np.minimum(store.denominators, store.targets)
+    return store.targets.astype(float) if store.branches.has_any else np.minimum(store.denominators, store.targets)
 
 
 def measured_tokens(rows: Splits, documents: int) -> int:

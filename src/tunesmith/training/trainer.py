@@ -293,9 +293,7 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
 def _card_lost(session: Session, error: Exception) -> DeviceError:
     """The error of a card that failed in mid-run, with the way to go on."""
     path, saved = session.run.path, [int(at.name[5:]) for at in session.run.checkpoints_path.glob("step-*")]
-    way = "Nothing was saved: start it again"
-    if saved:
-        way = f"Step {max(saved)} is saved: {command('resume', path)}"
+    way = f"Step {max(saved)} is saved: {command('resume', path)}" if saved else "Nothing was saved: start it again"
     return DeviceError(
         f"after step {session.progress.step}: {session.setup.device} failed: {one_line(error)}. {way}; `nvidia-smi` "
         "says whether the card works, and the system's log (`dmesg`) why it failed."
@@ -427,9 +425,7 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
     except OutOfMemoryError as error:
         save(session)
         num_layers = len(layers_of(session.setup.model))
-        settings = {"train.tokens_per_pass": 1}
-        if num_layers:
-            settings["train.checkpointed_layers"] = num_layers
+        settings = {"train.tokens_per_pass": 1} | ({"train.checkpointed_layers": num_layers} if num_layers else {})
         ways = [WayOut(settings)] if error.step else []  # answers are drawn whole
         way = f"with: {command('resume', session.run.path)} {set_words(settings)}" if ways else "start a new run"
         raise OutOfMemoryError(
