@@ -25,7 +25,7 @@ from tunesmith.cli.signals import interruptible
 from tunesmith.cli.sweep import sweep
 from tunesmith.cli.train import resume, track, train
 from tunesmith.cli.ui import ui
-from tunesmith.version import __version__
+from tunesmith.environment.version import __version__
 
 
 def without_types(params: list[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.streams import console
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError
 from tunesmith.phrases import did_you_mean, visible
 from tunesmith.runs import events

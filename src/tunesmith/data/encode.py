@@ -34,7 +34,8 @@ from tunesmith.data.examples import content_hash, examples, input_hash
 from tunesmith.data.problems import SKIP, SKIPPING, num_refused, refused
 from tunesmith.data.read import OnProblem
 from tunesmith.data.renderer import Renderer
-from tunesmith.environment import num_cpus, spawning
+from tunesmith.environment.children import spawning
+from tunesmith.environment.process import num_cpus
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.phrases import plural
 from tunesmith.recipe.schema import Data, DataFile

@@ -33,7 +33,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from tunesmith.environment import limit_process
+from tunesmith.environment.process import limit_process
 from tunesmith.graders.grade import GradeError
 from tunesmith.phrases import listed
 from tunesmith.types import REWARD_KEY, JsonObject, Record

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.environment.version import __version__
 from tunesmith.evaluation.report.pages import as_html
 from tunesmith.evaluation.report.plots import ACCENT, PAPER, Plot, draw
 from tunesmith.evaluation.report.sections import Block, Cell, Column, Page, PageSection, Table
@@ -16,7 +17,6 @@ from tunesmith.graders.trial import PLAYED
 from tunesmith.graders.verdict import Verdict, lines_of
 from tunesmith.phrases import plural
 from tunesmith.types import REWARD_KEY, JsonObject, Record
-from tunesmith.version import __version__
 
 
 def page_of(values: Record, verdicts: Sequence[Verdict], *, grader: str, data: str) -> str:

@@ -14,7 +14,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol
 
-from tunesmith.environment import num_cpus
+from tunesmith.environment.process import num_cpus
 from tunesmith.errors import InputError
 from tunesmith.graders import formula, judge, remote, schema, texts
 from tunesmith.graders.children import Children

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.environment import card_share
+from tunesmith.environment.process import card_share
 from tunesmith.errors import is_out_of_memory, one_line
 from tunesmith.phrases import size
 

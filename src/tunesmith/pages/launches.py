@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.environment import CARD_SHARE
+from tunesmith.environment.process import CARD_SHARE
 from tunesmith.errors import TunesmithError
 from tunesmith.jobs.launcher import ChildProcess, start_child
 from tunesmith.runs.folder import Run, slug

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tunesmith.data.columns import absent_columns, ask_text_or_classes, usual_columns
 from tunesmith.data.formats import task_of_rows
 from tunesmith.data.splits import Splits, first_example
-from tunesmith.environment import default_threads
+from tunesmith.environment.process import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers, new_tokens_for
 from tunesmith.evaluation.metrics import METRICS

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from tunesmith.environment import CARD_SHARE, SERVING_SHARE, card_share, for_child, python_words
+from tunesmith.environment.children import for_child, python_words
+from tunesmith.environment.process import CARD_SHARE, SERVING_SHARE, card_share
 from tunesmith.errors import TunesmithError
 from tunesmith.serve.protocol import (
     EngineOptions,

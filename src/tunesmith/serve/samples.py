@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from tunesmith.environment import resident_bytes
+from tunesmith.environment.process import resident_bytes
 from tunesmith.errors import InputError
 from tunesmith.generation.scheduler import Scheduler
 from tunesmith.serve.protocol import Delta, EngineOptions, Finished, GenerationRequest, RequestError

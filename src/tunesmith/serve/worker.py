@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import torch
 
-from tunesmith.environment import num_cpus, resident_bytes
+from tunesmith.environment.process import num_cpus, resident_bytes
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.generation.scheduler import PreparedRequest, Scheduler
 from tunesmith.models.card import free_bytes

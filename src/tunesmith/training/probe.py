@@ -25,7 +25,7 @@ import torch
 from pydantic import TypeAdapter
 
 from tunesmith.data.sampler import micro_batches_of
-from tunesmith.environment import for_child, python_words
+from tunesmith.environment.children import for_child, python_words
 from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test

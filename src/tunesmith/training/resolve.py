@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tunesmith.data.row_targets import write_targets
 from tunesmith.data.sampler import StepSampler, copies, pass_cost
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
-from tunesmith.environment import resident_bytes
+from tunesmith.environment.process import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS

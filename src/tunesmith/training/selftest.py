@@ -16,7 +16,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from tunesmith.environment import refuse_ranks
+from tunesmith.environment.process import refuse_ranks
 from tunesmith.errors import InputError
 from tunesmith.methods import restore
 from tunesmith.models import load

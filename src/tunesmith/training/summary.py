@@ -17,6 +17,7 @@ from tunesmith.data.check import spans_of
 from tunesmith.data.in_memory import IN_MEMORY
 from tunesmith.data.labels import count_classes
 from tunesmith.data.splits import mix
+from tunesmith.environment.version import __version__
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
@@ -26,7 +27,6 @@ from tunesmith.tasks import TASKS
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
 from tunesmith.types import Aside, Choice, JsonObject
-from tunesmith.version import __version__
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 

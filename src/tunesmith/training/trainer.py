@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tunesmith.environment import in_force
+from tunesmith.environment.settings import in_force
 from tunesmith.errors import (
     CheckpointError,
     DeviceError,

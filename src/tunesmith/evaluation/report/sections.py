@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tunesmith.environment.version import __version__
 from tunesmith.evaluation.compare import Comparison, Difference
 from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
 from tunesmith.evaluation.report import values
@@ -21,7 +22,6 @@ from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, one_line, option, percent, plural, size
 from tunesmith.runs.folder import Run
 from tunesmith.types import Record
-from tunesmith.version import __version__
 
 MOST_MATRIX = 12
 """Most classes whose confusion matrix is shown; of more, the pairs that are confused most."""
