@@ -238,7 +238,7 @@ def test_eval_does_not_write_over_its_data(run: Run, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(before := Path(held_out(run)).read_bytes())
     result = tunesmith("eval", run.path, rows, "--out", tmp_path / "." / "rows.jsonl", "--offline", code=2)
-    assert "is the data itself" in result.stderr
+    assert "is the data file itself" in result.stderr
     assert rows.read_bytes() == before
 
 
