@@ -208,7 +208,7 @@ def build_batch(
     the source; its decoder reads `decoder_start` and the target without its last token.
 
     `rows`: whole rows, or their lines, which are laid out as rows are. `row_indices`: the places of the rows in
-    the store, for `Batch`. Options are those of `Collator`.
+    the store, for `Batch`. Options mean the same as in `Collator`.
     """
     has_decoder, is_packed = layout == "encoder_decoder", layout == "packed"
     inputs = [_source(row) if has_decoder else row.ids for row in rows]

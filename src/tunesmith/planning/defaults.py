@@ -355,7 +355,7 @@ def _every(train: Train, documents: int, task: Task, facts: Facts) -> tuple[int 
 def _metric(evaluation: EvaluationOptions, facts: Facts) -> tuple[str, str]:
     if evaluation.every is None or facts.headline == "loss":
         return facts.headline, ""
-    return facts.headline, "the report leads with it; of evaluations that are as good, that of the lower loss is best"
+    return facts.headline, "the report leads with it; of equally good evaluations the one with the lower loss is best"
 
 
 def _keep(evaluation: EvaluationOptions) -> tuple[str, str]:
