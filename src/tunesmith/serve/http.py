@@ -50,7 +50,7 @@ class BoundSocket:
 
 
 def bind(host: str, port: int) -> BoundSocket:
-    """Take the address, before the model is loaded. Raises InputError with the reason if it cannot be had."""
+    """Bind the address, before the model is loaded. Raises InputError with the reason if that fails."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: takes IPv4 too
@@ -67,7 +67,7 @@ def bind(host: str, port: int) -> BoundSocket:
 
 
 class BoundedConnection(H11Protocol):
-    """A connection that cannot be held open by doing nothing, which uvicorn bounds only between requests."""
+    """A connection with time limits: uvicorn limits only the time between requests."""
 
     _headers_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None

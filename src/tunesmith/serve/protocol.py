@@ -55,7 +55,7 @@ class ModelCard:
     """Whether messages may have images."""
 
     def to_ask(self, url: str, *, key: str = "") -> str:
-        """A line for a shell that asks it, with a `key`; that may be a variable of the shell."""
+        """A shell command that sends the model a request, with a `key`, which may be a variable of the shell."""
         body: JsonObject = {"input": "Hello"}
         routes = {"text": "/v1/chat/completions", "embeddings": "/v1/embeddings", "labels": "/v1/classify"}
         route = routes[self.answers]
@@ -129,7 +129,7 @@ class Engine(Protocol):
     def state(self) -> EngineState: ...
 
     async def close(self, grace_s: float) -> None:
-        """Refuse new requests, finish those under way within the grace, and end the worker."""
+        """Refuse new requests, finish the others within the grace period, and end the worker."""
         ...
 
 

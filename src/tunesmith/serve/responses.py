@@ -72,7 +72,7 @@ def error_response(error: RequestError) -> Response:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """FastAPI's handler of RequestError, of its own errors, and of what nobody expected."""
+    """Handle an error for FastAPI: a RequestError, FastAPI's own errors, and unexpected ones."""
     if isinstance(error, RequestError):
         return error_response(error)
     if isinstance(error, RequestValidationError):
@@ -274,7 +274,7 @@ def _certain(text: str, form: ToolCallFormat) -> int:
 
 
 def find_calls(text: str, form: ToolCallFormat, tools: Set[str]) -> tuple[list[JsonObject], str]:
-    """The calls in what was written, in OpenAI's shape, and the text without them."""
+    """The tool calls in an answer, in OpenAI's format, and the text without them."""
     calls: list[JsonObject] = []
 
     def take(found: re.Match[str]) -> str:

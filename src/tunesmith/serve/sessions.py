@@ -62,7 +62,7 @@ class Access:
     _seen: object = None  # what the file was like when it was read or written
 
     def _read(self) -> None:
-        """Take the sessions of the file where it is another one now: without it they have ended."""
+        """Read the sessions again if the file was replaced. If it was removed, all sessions have ended."""
         if (now := look(self.file)) == self._seen:
             return
         self._seen, self._sessions = now, {}
@@ -72,11 +72,11 @@ class Access:
 
     @property
     def cookie(self) -> str:
-        """The name of the cookie: cookies know no ports."""
+        """The name of the cookie, with the port: cookies themselves do not distinguish ports."""
         return f"tunesmith-{self.port}"
 
     def new_link(self) -> str:
-        """The path of a link that opens a session, once."""
+        """The path of a link that opens a session, and works once."""
         code = secrets.token_urlsafe(32)
         self._links.add(_digest(code))
         return f"/ui/open?code={code}"
@@ -91,8 +91,8 @@ class Access:
         return self._new_session()
 
     def open_by_key(self, key: str) -> str | None:
-        """The token of a new session for a key; None: it is none. Raises
-        RequestError 429 after too many wrong ones."""
+        """The token of a new session for a key; None: the key is not accepted. Raises RequestError 429 after
+        too many wrong keys."""
         now = time.monotonic()
         while self._wrong and now - self._wrong[0] > WRONG_S:
             self._wrong.popleft()
@@ -186,8 +186,8 @@ def _is_alive(since: float) -> bool:
 
 
 def _refuse_foreign(headers: Mapping[bytes, bytes]) -> None:
-    """Raise RequestError unless a page of this server acts. Other ports are the same
-    site, so `Origin` tells apart."""
+    """Raise RequestError unless the request comes from a page of this server. Browsers count other ports as the
+    same site, so `Origin` decides."""
     host = headers.get(b"host", b"").lower()
     is_own = headers.get(b"origin", b"").lower() in (b"http://" + host, b"https://" + host)
     is_same = headers.get(b"sec-fetch-site", b"same-origin") == b"same-origin"

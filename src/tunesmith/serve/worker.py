@@ -47,7 +47,8 @@ Inbox = queue.SimpleQueue[Any]
 
 
 def main() -> int:
-    """0: its input ended; 1: the models could not be loaded, which was reported."""
+    """Run the worker. Exit codes: 0 when its input ends; 1 if the models could not be loaded, which it
+    reported."""
     send = _sender()
     names, root, options, attached = _receive()
     torch.set_num_threads(options.threads or num_cpus())
@@ -209,7 +210,7 @@ def _listen(inbox: Inbox, wanted: set[int]) -> None:
 
 
 def _watch(limit: int) -> None:
-    """End at the limit of resident memory, since one on addresses would count mapped files."""
+    """End this process at its limit of resident memory: a limit on addresses would count mapped files."""
     while (held := resident_bytes()) <= limit:
         time.sleep(WATCH_S)
     sys.stderr.write(f"it held {held / 2**20:,.0f} MiB of memory, more than the {limit / 2**20:,.0f} it may\n")
@@ -230,8 +231,8 @@ def _beat(send: Send) -> None:
 
 
 def _sender() -> Send:
-    """A function that writes to the original standard output; what libraries print
-    goes to standard error from now."""
+    """A function that writes to the original standard output. From now on, what libraries print goes to
+    standard error."""
     out, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)
 

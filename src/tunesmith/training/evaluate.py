@@ -68,7 +68,7 @@ def evaluate_run(session: Session, name: str) -> None:
 
 
 def measure_on_the_way(session: Session) -> None:
-    """Measure held-out rows between steps, and answer the prompts that are answered then."""
+    """Measure held-out rows between steps, and answer the prompts of such an evaluation."""
     measure_held_out(session, "step")
     started = time.perf_counter()
     _answer(session, "step", None)
@@ -126,7 +126,7 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
 
 
 def _notes(session: Session, measures: Mapping[str, Interval]) -> Iterator[str]:
-    """Sentences on a model that learnt something else than it should."""
+    """Notes on a model that learnt something else than it should."""
     yield from preference_notes(measures)
     if session.setup.drawing is not None:
         measured = (event.values for event in session.run.events() if event.kind == "evaluation")

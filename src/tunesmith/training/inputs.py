@@ -110,7 +110,7 @@ def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:
 
 
 def _dated(decisions: Decisions, tokenizer: PreTrainedTokenizerBase, kind: ModelKind, notes: list[str]) -> Renderer:
-    """The renderer, with the day that its template writes decided; None: it writes none."""
+    """The renderer, with its date decided: the day that the chat template writes; None: it writes none."""
     is_open, given = decisions.is_open("data.date"), decisions.recipe.data.date
     if is_open:
         decisions.set("data.date", date.today().isoformat())

@@ -171,7 +171,7 @@ def _why_it_ended(code: int, printed: Path) -> str:
 
 
 def main() -> None:
-    """The child."""
+    """Run as the child: measure what standard input asks for."""
     request, result = json.load(sys.stdin), Found()
     folder = Path(request["folder"])
     threading.Thread(target=_end_with, args=(request["parent"], folder), daemon=True).start()

@@ -171,7 +171,7 @@ def _facts(inputs: Inputs, rows: Splits, device: Device | None, processes: int, 
 
 @contextmanager
 def _forecasting(notes: list[str]) -> Iterator[None]:
-    """A block that forecasts: what was given wrong is raised, everything else becomes a note."""
+    """A block that makes a forecast: errors of the input are raised, all others become a note."""
     try:
         yield
     except (RecipeError, DataError, DoesNotFitError):
@@ -219,7 +219,7 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
 def _steps_of(
     recipe: Recipe, layout: Layout, model: Any, *, inputs: Inputs, rows: Splits, kind: str, size: int
 ) -> StepSampler:
-    """The steps of a forecast on so many devices of a kind."""
+    """The steps of a run on `size` devices of a kind, for a forecast."""
     sampler = replace(sampler_of(recipe.train, rows, layout, kind, seed=recipe.seed), part=(0, size))
     if rows.is_prompts:
         return replace(sampler, rows_per_step=sampler.rows_per_step * recipe.reinforce.samples)
@@ -423,7 +423,7 @@ def _check_evaluation(evaluation: EvaluationOptions, head: HeadName, rows: Split
 
 
 def sampler_of(train: Train, rows: Splits, layout: Layout, device: str, *, seed: int) -> StepSampler:
-    """The sampler that decides which rows make which step, on such a device."""
+    """The sampler that decides which rows make which step, for a device of this kind."""
     weights_I, sources_I = _weights(rows)
     return StepSampler(
         rows_I=rows.train_rows,

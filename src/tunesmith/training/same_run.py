@@ -109,8 +109,8 @@ def refuse_other_run(
 
 
 def settings_of_group(recipe: Recipe, world: World) -> list[str]:
-    """Settings of a run that is resumed on another number of devices: as many threads in all as before, and
-    whole layers if it is alone now."""
+    """Settings of a run that is resumed on another number of devices: the same number of threads in all, and
+    whole layers if one process is left."""
     before = 1 if recipe.devices == "auto" else recipe.devices
     unsharded = ["shard=false"] if world.size == 1 and recipe.shard is True else []
     if before == world.size:
@@ -132,7 +132,7 @@ def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
 
 
 def recipe_with(run: Run, settings: Sequence[str]) -> Recipe:
-    """The recipe of a run with some settings, its files at their places now."""
+    """The recipe of a run with some settings, and with its files where they are now."""
     return run.place(load.load(str(run.recipe_path), settings)) if settings else run.recipe()
 
 

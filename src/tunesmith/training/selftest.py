@@ -51,7 +51,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One comparison."""
+    """One comparison, and whether it passed."""
 
     name: str
     passed: bool
@@ -59,7 +59,7 @@ class Proof:
 
 
 def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
-    """Every proof in turn, on the recipe's model and rows, or on built-in rows when it names none."""
+    """Yield every proof in turn, on the rows of the recipe, or on built-in rows if it names none."""
     refuse_ranks(os.environ)
     with tempfile.TemporaryDirectory(prefix="tunesmith-selftest-") as name, _as_it_was():
         folder = Path(name)
