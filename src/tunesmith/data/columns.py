@@ -59,7 +59,7 @@ _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """Columns, ours to yours, and what is learnt from them."""
+    """Columns, by our name for each, and what is learnt from them."""
 
     columns: dict[str, str]
     learns: str
@@ -85,8 +85,8 @@ class Meaning:
 
 
 def sample(rows: Iterable[Record]) -> list[JsonObject]:
-    """The first rows, until one that cannot be read, in bounded memory: of each its first fields, of texts
-    their beginnings."""
+    """The first rows, until one that cannot be read. To bound memory, only the first fields of a row are taken,
+    and the beginnings of texts."""
     shortened: list[JsonObject] = []
     num_chars = 0
     with suppress(DataError):  # which is said when its rows are read
@@ -106,11 +106,12 @@ def sample_of(file: DataFile, data: Data) -> list[JsonObject]:
 
 
 def _ignore(problem: Problem) -> None:
-    """A problem that is said when rows are read for another purpose."""
+    """Ignore a problem: it is reported when rows are read to be used."""
 
 
 def values_of(rows: Sequence[Record]) -> dict[str, Values]:
-    """Classify each column of a sample by its values, in their order; none whose name nobody would type."""
+    """The contents of each column of a sample, by its values. Columns whose names nobody would type are left
+    out."""
     columns = dict.fromkeys(name for row in rows for name in row if len(name) <= LONGEST_NAME)
     return {name: "other" if _IS_ID.search(name) else _values([row.get(name) for row in rows]) for name in columns}
 
@@ -139,7 +140,7 @@ def _share(pattern: re.Pattern[str], texts: Sequence[str]) -> float:
 
 
 def _repeat(texts: Sequence[str]) -> bool:
-    """Whether texts are few and short, and come again: numbers each three times, others twice."""
+    """Whether texts are few and short and repeat: each twice on average, numbers three times."""
     times = 3 if _share(_NUMBER, texts) == 1 else 2
     distinct = set(texts)
     return 2 <= len(distinct) <= 200 and len(distinct) * times <= len(texts) and max(map(len, distinct)) <= 60
@@ -150,7 +151,8 @@ def _length(rows: Sequence[Record], name: str) -> float:
 
 
 def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
-    """Guess what rows of unknown fields are for, likeliest first, at most two; none if values do not say."""
+    """Guess what rows with unknown fields are for: at most two meanings, likeliest first; none if values do not
+    say."""
     kinds = values_of(rows)
     by: dict[Values, list[str]] = {}
     for name, kind in kinds.items():
@@ -207,7 +209,7 @@ def _plain(name: str) -> str:
 
 
 def usual_meaning(rows: Sequence[Record], task: TaskName | None) -> Meaning | None:
-    """Map fields with other tools' usual names to ours; None where the values do not make that clear."""
+    """Map fields with the usual names of other tools to ours; None where the values do not make it clear."""
     if not rows or _is_whole(rows[0], task):
         return None
     kinds, named = values_of(rows), dict[str, str]()
@@ -305,7 +307,7 @@ def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapp
 
 
 def _is_prose(value: Any) -> bool:
-    """A text that is no list in JSON, as a cell of a table may be."""
+    """Whether a value is a text, and not a list in JSON, as a cell of a table may be."""
     return isinstance(value, str) and not value.lstrip().startswith("[")
 
 
@@ -352,9 +354,11 @@ def ask_text_or_classes(data: Data) -> DataError | None:
 
 
 def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], str] | None:
-    """data.columns where none is given and files have usual names of others, and how each is read.
+    """data.columns, and how each column is read, where none are given and files have the usual names of other
+    tools.
 
-    None: none is needed, or it is not clear, or files differ. Without a task the first file decides for all.
+    None: no column has to be renamed, or it is not clear which, or files differ. Without a task the first file
+    decides for all.
     """
     if data.columns:
         return None

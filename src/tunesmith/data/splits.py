@@ -233,7 +233,7 @@ def _labels(
 def refuse_bad(
     data: Data, stores: Sequence[RowStore], problems: Sequence[Problem], way: str = f"leave such rows out: {SKIP}"
 ) -> None:
-    """Raise for rows that cannot be used, unless the recipe says that they are left out."""
+    """Raise DataError for rows that cannot be used, unless the recipe says to skip them."""
     errors = refused(data, problems)
     if num_bad := sum(num_refused(data, store.summary.errors) for store in stores):
         left = f", or {way}" if all(map(len, stores)) else ": no row is left without them"
@@ -245,7 +245,7 @@ def refuse_bad(
 
 
 def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str]:
-    """Notes on rows that were left out or changed: the first problem of each code, and how many there are."""
+    """Notes on rows that were left out or changed: the first problem of each code, and the number of such rows."""
     totals: Counter[str] = Counter()
     for store in stores:
         totals.update(store.summary.errors)
@@ -260,7 +260,7 @@ def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str
 
 
 def given_text(example: Example) -> str | None:
-    """The text of an example, for a person to read; None for a document, of which each row is a window."""
+    """The text of an example as a person reads it; None for a document, since its rows are windows."""
     if example.shape == "text":
         return None
     if example.shape == "tokens_tags":
@@ -292,7 +292,7 @@ def examples_at(files: Sequence[DataFile], data: Data, task: TaskName, sources: 
 def texts_of(
     files: Sequence[DataFile], data: Data, task: TaskName, store: RowStore, rows_I: NDArray[np.int64]
 ) -> dict[int, str]:
-    """The text of some rows, by their numbers; without those whose file is gone or says something else."""
+    """The texts of some rows, by the number of the row. Rows whose file is gone or has changed are left out."""
     wanted = {str(store.source(row)): row for row in map(int, rows_I)}
     if task == "text" or any(map(is_elsewhere, files)):
         return {}

@@ -107,7 +107,7 @@ def _answer(record: JsonObject, key: str, check: RowProblems) -> list[Part]:
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Number of items that both begin with."""
+    """The number of items with which both begin."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -141,7 +141,7 @@ def _check(prompt: Sequence[Part], branches: Sequence[Sequence[Part]], check: Ro
 
 
 def differ_in_space_alone(example: Example) -> bool:
-    """Whether the sides of a preference are the same but for white space."""
+    """Whether both sides of a preference are the same except for white space."""
 
     a, b = ([(part.role, "".join(part.text.split()), part.fields) for part in branch] for branch in example.branches)
     return a == b
