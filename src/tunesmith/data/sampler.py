@@ -156,9 +156,7 @@ class StepSampler:
     def _sides_of(self, rows: Sequence[int]) -> NDArray[np.int32]:
         """Tokens of these rows, [B, S]: source and target apart for an encoder–decoder."""
         if "sides" not in self._cache:
-            sides = [self.lengths_I]
-            if self.targets_I is not None:
-                sides = [self.lengths_I - self.targets_I, self.targets_I]
+            sides = [self.lengths_I] if self.targets_I is None else [self.lengths_I - self.targets_I, self.targets_I]
             self._cache["sides"] = np.zeros((int(self.rows_I.max()) + 1, len(sides)), np.int32)
             self._cache["sides"][self.rows_I] = np.stack(sides, axis=1)
         sides_of_rows: NDArray[np.int32] = self._cache["sides"][list(rows)]

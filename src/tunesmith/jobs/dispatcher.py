@@ -271,9 +271,9 @@ class Dispatcher:
         change nothing."""
         self.store.add_events(active.translate(run_events))
         saved_steps = [run_event.step for run_event in run_events if run_event.kind == "checkpoint"]
-        if saved_steps and max(saved_steps) > self._job(active.job_id)["last_checkpoint"]:
-            progress = {"last_checkpoint": max(saved_steps), "attempts": 0}
-            self.store.change_job(active.job_id, if_status=["running"], **progress)
+        last_saved = max(saved_steps, default=-1)
+        if saved_steps and last_saved > self._job(active.job_id)["last_checkpoint"]:  # the run makes progress
+            self.store.change_job(active.job_id, if_status=["running"], last_checkpoint=last_saved, attempts=0)
         kinds = {run_event.kind for run_event in run_events}
         if "plan" in kinds:
             self._store_hyperparameters(active)
