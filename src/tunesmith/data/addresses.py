@@ -25,8 +25,9 @@ import orjson
 
 from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, is_about, suffix_of
 from tunesmith.data.problems import refusal
+from tunesmith.environment.hub import hub_failures, why_refused
 from tunesmith.environment.packages import install_command
-from tunesmith.errors import DataError, StorageError, hub_failures, one_line, why_refused
+from tunesmith.errors import DataError, StorageError, one_line
 from tunesmith.phrases import did_you_mean, listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import TEMPORARY, clean, free_bytes, storing, write_atomic

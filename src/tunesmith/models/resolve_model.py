@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from tunesmith.errors import ModelError, hub_failures, why_refused
+from tunesmith.environment.hub import hub_failures, why_refused
+from tunesmith.errors import ModelError
 from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, check_folder, refuse_pickles, shards
 from tunesmith.models.gguf import read_gguf
 from tunesmith.phrases import near_file
