@@ -169,8 +169,8 @@ def compare(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Compare runs on the rows they share: metrics and clear differences; of two runs also the rows where one is
-    better.
+    """Compare runs on the rows they share: metrics and clear differences; of two runs also the rows where one
+    is better.
 
     tunesmith compare support-3f2a support-77b0
 

@@ -152,8 +152,8 @@ class Collator:
         return [line_of_partner] if lines == "partners" else [*lines_of(row), line_of_partner]
 
     def _with_lines(self, batch: Batch, rows: Sequence[Row], lines_of_rows: Sequence[Sequence[Row]]) -> Batch:
-        """Add to a batch that was built of lines the line and the row of each target, and the values of each row:
-        its own, then the reference of each branch."""
+        """Add to a batch that was built of lines the line and the row of each target, and the values of each
+        row: its own, then the reference of each branch."""
         reference_IK, device = self.store.learnt.reference_IK, batch.row_of_N.device
         reference_BK = np.zeros((len(rows), 2))
         if reference_IK is not None:

@@ -1,5 +1,5 @@
-"""Columns with other names than our fields: what they hold, which of them can be read as our fields at once, and
-hints for the others. See docs/guide/data.md, "Other names"."""
+"""Columns with other names than our fields: what they hold, which of them can be read as our fields at once,
+and hints for the others. See docs/guide/data.md, "Other names"."""
 
 from __future__ import annotations
 

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 MicroBatch = tuple[int, ...]
 """Indices of the rows that go through the model together in one forward and backward."""
 MICRO_BATCH_COST, COST_ON_CARD = 64, 4096
-"""Cost of a micro-batch in addition to its tokens, on a processor and on a card. It is counted in tokens: as many
-as a small model computes in the time that a micro-batch takes to start, 40 to 90 ms on a card."""
+"""Cost of a micro-batch in addition to its tokens, on a processor and on a card. It is counted in tokens: as
+many as a small model computes in the time that a micro-batch takes to start, 40 to 90 ms on a card."""
 MOST_READ = 4
 """Limit where prefixes are shared: the whole rows of a micro-batch may have this many times the tokens that are
 computed. Each row keeps the keys of its prefix in memory, though the prefix is computed once."""
 MULTIPLE = 32
-"""The tokens of a padded packed micro-batch are a multiple of this. Padding is up to an eighth of a micro-batch of
-short rows, and next to nothing of a large one."""
+"""The tokens of a padded packed micro-batch are a multiple of this. Padding is up to an eighth of a micro-batch
+of short rows, and next to nothing of a large one."""
 ORDER_VERSION = "2"
-"""Version of the numbers of `sort_keys`, by which rows are ordered and tokens masked: a run resumes with the same
-version only. In version 1, seed s + 1 gave the order of seed s with every row number lowered by one."""
+"""Version of the numbers of `sort_keys`, by which rows are ordered and tokens masked: a run resumes with the
+same version only. In version 1, seed s + 1 gave the order of seed s with every row number lowered by one."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -61,8 +61,8 @@ class StepSampler:
     """Number of each row's source. A weight such as 0.5 takes this fraction of each source; None: of all rows
     with this weight, whatever their source."""
     keys_of: Callable[[int], Keys] | None = field(default=None, compare=False)
-    """Returns a row's `prefix_keys` where shared prefixes are computed once: micro-batches are then filled by the
-    tokens that are computed. None: rows are computed whole."""
+    """Returns a row's `prefix_keys` where shared prefixes are computed once: micro-batches are then filled by
+    the tokens that are computed. None: rows are computed whole."""
     part: tuple[int, int] = (0, 1)
     """(rank, size): this process, and the number of processes. `step` returns its share of a step."""
     pass_cost: int = MICRO_BATCH_COST
@@ -315,8 +315,8 @@ def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def copies(
     weights_I: NDArray[np.float64], sources_I: NDArray[np.int64] | None = None, *, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """Copies of each row in an epoch. A whole weight is the number of copies; of a fraction as many rows of that
-    weight and source get one copy more."""
+    """Copies of each row in an epoch. A whole weight is the number of copies; of a fraction as many rows of
+    that weight and source get one copy more."""
     whole_I = np.floor(weights_I).astype(np.int64)
     part_I = weights_I - whole_I
     sources_I = np.zeros(len(part_I), np.int64) if sources_I is None else sources_I

@@ -245,7 +245,8 @@ def refuse_bad(
 
 
 def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str]:
-    """Notes on rows that were left out or changed: the first problem of each code, and the number of such rows."""
+    """Notes on rows that were left out or changed: the first problem of each code, and the number of such
+    rows."""
     totals: Counter[str] = Counter()
     for store in stores:
         totals.update(store.summary.errors)

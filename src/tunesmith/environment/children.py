@@ -1,4 +1,5 @@
-"""Child processes of this package: their environment, their commands, and `multiprocessing` without surprises."""
+"""Child processes of this package: their environment, their commands, and `multiprocessing` without
+surprises."""
 
 from __future__ import annotations
 

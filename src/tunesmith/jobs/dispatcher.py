@@ -81,12 +81,13 @@ class Dispatcher:
     unfinished: dict[str, Record | None] = field(default_factory=dict)
     """Jobs whose runs are done and whose results wait for an engine, each with the error of its exports."""
     crashes: Counter[str] = field(default_factory=Counter)
-    """Number of times that the engine crashed while it loaded the result of a job. Crashes of the run itself are
-    counted in the job, as `attempts`."""
+    """Number of times that the engine crashed while it loaded the result of a job. Crashes of the run itself
+    are counted in the job, as `attempts`."""
     waiting: set[str] = field(default_factory=set)
     """Jobs that waited or were paused at the last round."""
     version: int = -1
-    """Version of the store up to which all work was done; -1: no round has ended yet, or the last one failed."""
+    """Version of the store up to which all work was done; -1: no round has ended yet, or the last one
+    failed."""
 
     def __post_init__(self) -> None:
         self.checks = FileChecks(self.store, self.bases)
@@ -256,7 +257,8 @@ class Dispatcher:
             self._tidy(active.job_id)
 
     def _relay(self, active: _Active) -> None:
-        """Put new events of the run into the store. If that fails, the next round reads all its events again."""
+        """Put new events of the run into the store. If that fails, the next round reads all its events
+        again."""
         new_events = list(active.tail.read())
         if not new_events:
             return
@@ -374,8 +376,8 @@ class Dispatcher:
         return {"id": file_id, **facts, "sha256": sha256_file(path)}
 
     def _tidy(self, job_id: str) -> None:
-        """Remove what only another step would need, if a job has succeeded or was cancelled. For a cancelled job
-        the results file of its steps is written first, and the snapshot of its stop is removed."""
+        """Remove what only another step would need, if a job has succeeded or was cancelled. For a cancelled
+        job the results file of its steps is written first, and the snapshot of its stop is removed."""
         job, run = self.store.job(job_id), Run(self._run_path(job_id))
         if job is None or job["status"] not in ("succeeded", "cancelled"):
             return

@@ -257,8 +257,8 @@ class Store:
     def remove_unused(self, *, with_uploads: bool = False) -> list[str]:
         """Remove contents of deleted files that no open job needs, and runs that are no longer kept.
 
-        `with_uploads`: when a server starts. Unfinished uploads are removed then, and files that no row names are
-        set aside, since the database may be an older copy; later they may belong to an upload that is being
+        `with_uploads`: when a server starts. Unfinished uploads are removed then, and files that no row names
+        are set aside, since the database may be an older copy; later they may belong to an upload that is being
         finished. Returns a line on what was set aside.
         """
         stored = self._read(sa.select(files.c.id, files.c.deleted_at))

@@ -63,7 +63,8 @@ class OutputLayer:
         return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is self.layer
 
     def chunks(self, targets: int, *, trained: bool) -> Iterator[slice]:
-        """Chunks of these targets, all of about one size: a small last chunk would read the weights for little."""
+        """Chunks of these targets, all of about one size: a small last chunk would read the weights for
+        little."""
         num = -(-targets // self.chunk_size(trained=trained))
         yield from (slice(targets * i // num, targets * (i + 1) // num) for i in range(num))
 

@@ -91,8 +91,8 @@ def pretrained_args(located: ModelRef) -> JsonObject:
 
 @contextlib.contextmanager
 def wrap_errors(located: ModelRef, what: str) -> Iterator[None]:
-    """A block that calls transformers: its errors become a ModelError that names the model, and what it prints is
-    kept off the terminal."""
+    """A block that calls transformers: its errors become a ModelError that names the model, and what it prints
+    is kept off the terminal."""
     try:
         with silence_transformers(), _quiet_gguf() if located.is_gguf else contextlib.nullcontext():
             yield
@@ -294,8 +294,8 @@ _AUTO_CLASSES: dict[str, tuple[Any, Any]] = {
 def _missing_head_weights(
     located: ModelRef, model: PreTrainedModel, report: JsonObject, *, may_be_new: bool
 ) -> set[str]:
-    """Weights of the head that the files lack, to be drawn. Raises ModelError if the files lack other weights, or
-    any where no weight `may_be_new`."""
+    """Weights of the head that the files lack, to be drawn. Raises ModelError if the files lack other weights,
+    or any where no weight `may_be_new`."""
     missing = set(report["missing_keys"])
     misshapen = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]}
     to_draw = {name for name in missing | misshapen if may_be_new and heads.in_head(model, name)}

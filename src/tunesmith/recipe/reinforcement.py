@@ -39,8 +39,8 @@ class Reinforce(OptionGroup):
     temperature: Annotated[float, Field(le=2)] = 1.0
     """Temperature at which answers are drawn and learnt, from 0.1 on."""
     updates: Annotated[int, Field(ge=1, le=4)] = 1
-    """Steps whose answers are drawn at once, with the weights before the first of them. Each answer is learnt once.
-    More are faster, but later steps learn from the answers of older weights."""
+    """Steps whose answers are drawn at once, with the weights before the first of them. Each answer is learnt
+    once. More are faster, but later steps learn from the answers of older weights."""
     loss: Literal["clip", "cispo", "sequence"] = "clip"
     """Loss of a token. clip: as PPO and GRPO. cispo: the weight is clipped, not the token. sequence: as GSPO,
     an answer has one ratio. With `updates: 1` clip and cispo have the same gradient."""
@@ -56,7 +56,8 @@ class Reinforce(OptionGroup):
     """Weight of the divergence from the untouched model, token by token; needs an adapter. 0.02 keeps the
     model's language where a grader looks only at a part of an answer."""
     correct: Annotated[float, Field(ge=1)] | None = 2.0
-    """Largest weight of a token that corrects the rounding between drawing and learning; null: no correction."""
+    """Largest weight of a token that corrects the rounding between drawing and learning; null: no
+    correction."""
     cut: Literal["grade", "drop"] = "grade"
     """Answers that reach max_new_tokens: graded as they are, or left out of the step."""
     held_out_samples: Positive = 4

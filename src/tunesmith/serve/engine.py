@@ -33,8 +33,8 @@ from tunesmith.serve.protocol import (
 
 END_TIMEOUT_S = 5.0
 LATE_S, SILENT_S = 15.0, 60.0
-"""A worker sends something every two seconds. After `LATE_S` without a message it counts as down; after `SILENT_S`
-it is ended, and another one is started."""
+"""A worker sends something every two seconds. After `LATE_S` without a message it counts as down; after
+`SILENT_S` it is ended, and another one is started."""
 RESTART_PAUSE_S = 5.0
 """Pause after a worker that could not be started."""
 MAX_LINE_BYTES = 1 << 30

@@ -55,7 +55,8 @@ class ModelCard:
     """Whether messages may have images."""
 
     def to_ask(self, url: str, *, key: str = "") -> str:
-        """A shell command that sends the model a request, with a `key`, which may be a variable of the shell."""
+        """A shell command that sends the model a request, with a `key`, which may be a variable of the
+        shell."""
         body: JsonObject = {"input": "Hello"}
         routes = {"text": "/v1/chat/completions", "embeddings": "/v1/embeddings", "labels": "/v1/classify"}
         route = routes[self.answers]

@@ -1,5 +1,5 @@
-"""The models that a command line names: a base that is loaded once with the adapters of its runs, and other runs by
-themselves."""
+"""The models that a command line names: a base that is loaded once with the adapters of its runs, and other
+runs by themselves."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ def start_from(model: str, *, root: Path, offline: bool) -> Start:
 
 
 def _is_merged(run: Run) -> bool:
-    """Whether the merged base is there and was made of this adapter: by content, since a copy keeps its time."""
+    """Whether the merged base is there and was made of this adapter: by content, since a copy keeps its
+    time."""
     try:
         made_of = from_json((run.merged_path / MADE_OF).read_bytes())
     except (OSError, ValueError):

@@ -97,8 +97,8 @@ class Found:
     """Why it ended early; empty: it did not."""
 
     def duration(self, forecast: Forecast | None, mean_tokens: float) -> Duration | None:
-        """The duration of the whole run: the forecast's counts at the measured prices. None without a forecast or
-        a measured step. `mean_tokens`: of a step."""
+        """The duration of the whole run: the forecast's counts at the measured prices. None without a forecast
+        or a measured step. `mean_tokens`: of a step."""
         if not self.steps or forecast is None or forecast.duration is None:
             return None
         counted = self._usual()

@@ -459,8 +459,8 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
 def _batches(
     recipe: Recipe, inputs: Inputs, rows: Splits, model: PreTrainedModel, *, layout: Layout, world: World
 ) -> tuple[StepSampler, Collator, Collator, list[Choice]]:
-    """Make the sampler of steps, and the collators of training rows and of held-out rows. Returns them, and what
-    was decided for them.
+    """Make the sampler of steps, and the collators of training rows and of held-out rows. Returns them, and
+    what was decided for them.
 
     Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is
     computed whole, as in a later evaluation of the result.
