@@ -121,7 +121,7 @@ def _say(bound: BoundSocket, link: str, output: ServerOutput) -> None:
     if output.quiet:
         output.screen.print(link, soft_wrap=True)
         return
-    output.screen.print("Open this link; it is good once:\n", style="bold")
+    output.screen.print("Open this link; it works once:\n", style="bold")
     output.screen.print(f"  {link}\n", soft_wrap=True)
     who = "this machine only" if bound.is_loopback else "every machine that reaches this address"
     output.screen.print(f"Pages for {who}. Ctrl-C ends them; runs that were started go on.")

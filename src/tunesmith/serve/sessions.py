@@ -1,4 +1,4 @@
-"""Who may open pages: by a link that is good once, a session, or a key; and whose page may act.
+"""Who may open pages: by a link that works once, a session, or a key; and whose page may act.
 
 A loopback address is open to every user and every page of a machine, so there is no
 way in without one of the three.

@@ -70,11 +70,11 @@ def reward_sentences(series: RunSeries) -> Iterator[str]:
 
     of = {key: (mean(first, key), mean(last, key)) for key in ("spread", "ended", "answer_tokens", "surprise")}
     yield (
-        f"From the first {plural(num, 'step')} to the last {num}: prompts whose answers differ in reward "
-        f"{percent(of['spread'][0], 0)} to {percent(of['spread'][1], 0)}; answers that end by themselves "
-        f"{percent(of['ended'][0], 0)} to {percent(of['ended'][1], 0)}; tokens of an answer "
-        f"{of['answer_tokens'][0]:.1f} to {of['answer_tokens'][1]:.1f}; nats of surprise a token "
-        f"{of['surprise'][0]:.2f} to {of['surprise'][1]:.2f}."
+        f"First {plural(num, 'step')} → last {num}: prompts whose answers differ in reward "
+        f"{percent(of['spread'][0], 0)} → {percent(of['spread'][1], 0)}; answers that end by themselves "
+        f"{percent(of['ended'][0], 0)} → {percent(of['ended'][1], 0)}; tokens of an answer "
+        f"{of['answer_tokens'][0]:.1f} → {of['answer_tokens'][1]:.1f}; nats of surprise a token "
+        f"{of['surprise'][0]:.2f} → {of['surprise'][1]:.2f}."
     )
     drawn, graded = (sum(values["seconds"][key] for values in steps) for key in ("draw", "grade"))
     learnt = max(0.0, sum(step.seconds for step in series.steps.values()) - drawn - graded)
@@ -82,6 +82,6 @@ def reward_sentences(series: RunSeries) -> Iterator[str]:
     away = max(values.get("largest_mismatch", 0.0) for values in steps)
     yield (
         f"Drawing took {duration(drawn)}, grading {duration(graded)} more, learning {duration(learnt)}; "
-        f"{plural(failed, 'answer')} had no reward. What drew a token and what learnt it differ by at most "
-        f"{away:.2g} nats."
+        f"{plural(failed, 'answer')} had no reward. The log-probability with which a token was drawn and the one "
+        f"with which it is learnt differ by at most {away:.2g} nats."
     )
