@@ -62,8 +62,8 @@ HELD_OUT_PASSES, HELD_OUT_S = 6, 4.0
 """Micro-batches of held-out rows besides the heaviest one, and seconds after which none is added."""
 TEACHER_ROWS, TEACHER_ROWS_AT_ONCE = 24, 8
 """Rows that a teacher reads, and how many of them before the time is checked."""
-FEW_TOKENS, MORE_TOKENS = 2, 10
-"""Lengths of two answers, whose times differ by the price of a token."""
+SHORT_ANSWER, LONG_ANSWER = 2, 10
+"""Tokens of two answers, whose times differ by the price of a token."""
 KILLED = "the system killed it, as it does where memory ends"
 MEASURED_FILE = "measured"
 """File of the probe's folder with what it found."""
@@ -314,23 +314,23 @@ def _measure_rows(setup: Setup) -> Timed | None:
 
 def _answer(setup: Setup) -> Timed:
     """Time the next token of as many answers as are written together, to held-out rows or to prompts."""
-    writer = replace(writer_of(setup), new_tokens=MORE_TOKENS, is_endless=True)
+    writer = replace(writer_of(setup), new_tokens=LONG_ANSWER, is_endless=True)
     if (writing := continuation(setup, "after")) is not None:
         lengths = [int(setup.rows.held_store.lengths[row]) for row in writing.wanted]
-        rows = list(writing.wanted)[: written_together(max(lengths, default=0) + MORE_TOKENS, writer.cache)]
+        rows = list(writing.wanted)[: written_together(max(lengths, default=0) + LONG_ANSWER, writer.cache)]
         writing, tokens = replace(writing, writer=writer), setup.sampler.tokens_per_pass
         predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=tokens, answering=writing)
         if writing.answers and writing.seconds:
-            return Timed(writing.seconds, MORE_TOKENS)
+            return Timed(writing.seconds, LONG_ANSWER)
     longest = max(len(sample.ids) for sample in setup.samples)
-    prompts = [sample.ids for sample in setup.samples[: written_together(longest + MORE_TOKENS, writer.cache)]]
+    prompts = [sample.ids for sample in setup.samples[: written_together(longest + LONG_ANSWER, writer.cache)]]
     seconds = list[float]()
-    for new_tokens in (FEW_TOKENS, FEW_TOKENS, MORE_TOKENS):  # the very first answer is slower
+    for new_tokens in (SHORT_ANSWER, SHORT_ANSWER, LONG_ANSWER):  # the very first answer is slower
         writer = replace(writer, new_tokens=new_tokens)
         began = time.perf_counter()
         writer.write(prompts)
         seconds.append(time.perf_counter() - began)
-    return Timed(max(0.0, seconds[2] - seconds[1]), MORE_TOKENS - FEW_TOKENS)
+    return Timed(max(0.0, seconds[2] - seconds[1]), LONG_ANSWER - SHORT_ANSWER)
 
 
 if __name__ == "__main__":
