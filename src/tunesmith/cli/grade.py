@@ -62,7 +62,7 @@ def grade(
     seed: Annotated[int, typer.Option(help="Random numbers by which answers are drawn.")] = 0,
     keep: Annotated[
         str | None,
-        typer.Option(metavar="LOW:HIGH", help="Rows whose mean reward is from LOW to HIGH: written to --out."),
+        typer.Option(metavar="LOW:HIGH", help="Write rows of a mean reward from LOW to HIGH to --out."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File of the rows that --keep keeps.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over --out.")] = False,
