@@ -221,12 +221,21 @@ def test_a_text_that_the_probe_lacks_is_compared_in_its_row(server: ScoringServe
         ((200, {"choices": [{"message": {"content": "Hello"}}], "usage": {"prompt_tokens": 64}}), "no prompt_logprobs"),
         ((200, {"choices": []}), "a reply that is no completion"),
         ((404, {"detail": "Not Found"}), "status 404: .*Not Found"),
-        ((401, {"error": {"message": "no key"}}), "status 401: no key"),
+        (
+            (404, {"error": {"message": "Ask elsewhere."}}),
+            r"Ask elsewhere\. http.*/completions was asked .*ends in /v1",
+        ),
     ],
 )
 def test_a_server_that_only_writes_is_told_what_to_do(server: ScoringServer, reply: Any, words: str) -> None:
     server.replies = [reply]
     with pytest.raises(RecipeError, match=rf"{words}.*have the server write answers and train on these by task chat"):
+        teacher_at(server).prove()
+
+
+def test_a_server_that_wants_a_key_is_told_one(server: ScoringServer) -> None:
+    server.replies = [(401, {"error": {"message": "no key"}})]
+    with pytest.raises(RecipeError, match=r"status 401: no key\. .*name the variable by distil\.key_env\.$"):
         teacher_at(server).prove()
 
 
