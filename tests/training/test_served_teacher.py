@@ -375,6 +375,7 @@ def test_a_plan_says_how_often_it_is_asked_and_asks_nothing(server: ScoringServe
         ("http://me:secret@localhost/v1", {}, "distil.teacher: http://…@localhost/v1: is no address such as"),
         ("http://localhost:8000/v1", {"temperature": 2.0}, "scores prompts at temperature 1"),
         ("some/model", {}, r"distil\.model: large: is of a teacher at an address"),
+        ("10.0.0.7:8000/v1", {}, r"distil\.model: large: .* begins with http:// or https://"),
         ("some/model", {"model": None, "key_env": "KEY"}, r"distil\.key_env: KEY: is of a teacher at an address"),
     ],
 )
