@@ -14,6 +14,7 @@ from tunesmith.graders.grade import Answer, Grade
 from tunesmith.graders.prompts import Prompt, read_prompts
 from tunesmith.graders.trial import MODEL, Graded
 from tunesmith.graders.verdict import verdicts
+from tunesmith.recipe.schema import Data, DataFile
 
 ROWS = [
     {"prompt": "Is a cat an animal?", "answer": "yes"},
@@ -182,10 +183,34 @@ def test_rows_are_read_with_their_references(tmp_path: Path) -> None:
             {"messages": turns[:1]},
         ],
     )  # fmt: skip
-    found = read_prompts([str(file)])
+    found, _ = read_prompts(Data(train=(DataFile(path=str(file)),)))
     assert [one.reference and one.reference.text for one in found] == ["Hello", '{"a": 1}', "Hello", "4", None]
     assert {one.text for one in found} == {"Hi"}
     assert found[3].item == {"prompt": "Hi", "answer": 4, "other": [1]}
+
+
+def test_usual_names_of_prompt_and_answer_are_read_and_said(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"question": f"What is {i}?", "gold": str(i)} for i in range(4)])
+    output = grade(file, RIGHT | {"reference": "{{item.gold}}"}, code=0).output
+    assert "note: the prompt is read from 'question'" in output
+    assert "note: the right answer is read from 'gold'" in output
+    both = write(tmp_path / "both.jsonl", [{"question": "What?", "input": "Which?"}])
+    assert "neither prompt nor messages; there are 'question', 'input'" in grade(both, RIGHT, code=2).output
+
+
+def test_rows_are_read_as_set_says(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Grüße {i}?", "answer": f"ja {i}"} for i in range(6)]
+    file.write_bytes("\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("cp1252"))
+    output = grade(file, RIGHT, code=2).output
+    assert "add --set data.encoding=cp1252" in output
+    assert output.count("invalid_utf8") == 1, "six rows have one cause"
+    assert "Nothing speaks against" in grade(file, RIGHT, "--set", "data.encoding=cp1252", code=0).output
+    file.write_text("\n".join([*map(json.dumps, rows), "{}"]))
+    assert "leave such rows out: --set data.bad_rows=skip" in grade(file, RIGHT, code=2).output
+    assert "note: 1 row left out" in grade(file, RIGHT, "--set", "data.bad_rows=skip", code=0).output
+    other = grade(file, RIGHT, "--set", "train.epochs=2", code=2).output
+    assert "--set train.epochs=2: only options of reading do something here" in " ".join(other.split())
 
 
 def test_rows_without_a_prompt_are_refused_by_line(tmp_path: Path) -> None:

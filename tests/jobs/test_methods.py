@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from jobs.places import SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, pairs, put_file, put_job, rows
 from jobs.test_dispatcher import work
+from tunesmith.errors import InputError
 from tunesmith.jobs import routes
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.job_request import JobBody
@@ -354,6 +356,14 @@ def test_metrics_go_to_weights_and_biases(store: Store, monkeypatch: pytest.Monk
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(RequestError, match="set WANDB_API_KEY"):
         put_job(store, "file-a", integrations=WANDB)
+
+    def not_installed(names: object) -> None:
+        raise InputError(f"track: wandb: the package is missing. To install: {sys.executable} -m pip install wandb")
+
+    monkeypatch.setattr(routes, "check_names", not_installed)
+    with pytest.raises(RequestError, match=r"wandb: on the server: .* To install: python -m pip") as refused:
+        put_job(store, "file-a", integrations=WANDB)
+    assert sys.executable not in str(refused.value), "clients see no paths of this machine"
 
 
 def test_a_cancelled_job_keeps_the_results_of_its_steps(store: Store) -> None:

@@ -398,6 +398,22 @@ def test_rows_that_can_be_read_in_two_ways_go_on_by_a_click(tmp_path: Path, monk
     assert 'name="set.reinforce.grader"' in page, "an option can be set where no plan could be made"
 
 
+def test_a_problem_of_the_rows_has_its_ways_on_in_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    way = {"settings": {"task": "chat", "data.columns": "{prompt: a}"}, "words": "Learn `b`"}
+    problem = {"source": {"path": "rows.csv", "line": 1}, "code": "unknown_shape", "message": "no.", "fix": "So:"}
+    values = {"ok": False, "problems": [{**problem, "severity": "error", "ways": [way]}], "errors": {}, "warnings": {}}
+    values |= {"files": [], "mix": [], "tokens": {}, "labels": [], "notes": [], "refusals": ["no"], "held_out": 0}
+    row = {"line": 2, "tokens": None, "trained": None, "spans": [["a: 1\n", False]], "problems": []}
+    site = site_in(tmp_path)
+    replies = {True: Reply([], values={"rows": [row]}), False: Reply([], values=values)}
+    monkeypatch.setattr(site, "check", lambda path, model, lines=None: replies[lines is not None])
+    page = entered(site).get("/ui/data?file=rows.csv").text
+    address = "/ui/new?file=rows.csv&amp;model=&amp;set.task=chat&amp;set.data.columns=%7Bprompt%3A%20a%7D"
+    assert f'<a href="{address}">Learn <code>b</code></a>' in page
+    assert "a: 1" in page
+
+
 def test_a_run_that_has_just_ended_does_not_get_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process lives for a moment after its last line."""
     run, _, _ = fake_run(tmp_path / "runs" / "over-0001")

@@ -221,12 +221,21 @@ def test_a_text_that_the_probe_lacks_is_compared_in_its_row(server: ScoringServe
         ((200, {"choices": [{"message": {"content": "Hello"}}], "usage": {"prompt_tokens": 64}}), "no prompt_logprobs"),
         ((200, {"choices": []}), "a reply that is no completion"),
         ((404, {"detail": "Not Found"}), "status 404: .*Not Found"),
-        ((401, {"error": {"message": "no key"}}), "status 401: no key"),
+        (
+            (404, {"error": {"message": "Ask elsewhere."}}),
+            r"elsewhere\. http.*/completions was asked .*ends in /v1",
+        ),
     ],
 )
 def test_a_server_that_only_writes_is_told_what_to_do(server: ScoringServer, reply: Any, words: str) -> None:
     server.replies = [reply]
     with pytest.raises(RecipeError, match=rf"{words}.*have the server write answers and train on these by task chat"):
+        teacher_at(server).prove()
+
+
+def test_a_server_that_wants_a_key_is_told_one(server: ScoringServer) -> None:
+    server.replies = [(401, {"error": {"message": "no key"}})]
+    with pytest.raises(RecipeError, match=r"status 401: no key\. .*name the variable by distil\.key_env\.$"):
         teacher_at(server).prove()
 
 
@@ -366,6 +375,7 @@ def test_a_plan_says_how_often_it_is_asked_and_asks_nothing(server: ScoringServe
         ("http://me:secret@localhost/v1", {}, "distil.teacher: http://…@localhost/v1: is no address such as"),
         ("http://localhost:8000/v1", {"temperature": 2.0}, "scores prompts at temperature 1"),
         ("some/model", {}, r"distil\.model: large: is of a teacher at an address"),
+        ("10.0.0.7:8000/v1", {}, r"distil\.model: large: .* begins with http:// or https://"),
         ("some/model", {"model": None, "key_env": "KEY"}, r"distil\.key_env: KEY: is of a teacher at an address"),
     ],
 )

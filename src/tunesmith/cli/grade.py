@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 ROWS_OF_MODEL = 64
 MOST_ERROR = 300
 """Characters of a failed grade that are printed."""
+READING = ("data.encoding", "data.suffixes", "data.bad_rows", "data.limits")
+"""Options that say how rows are read."""
+Reading = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
+]
+NumRows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows taken, evenly over the file (default: all; with --model 64, but all with --keep)."),
+]
 Say = Callable[[str], None]
 Tick = Callable[[str, int, int], None]
 
@@ -46,21 +56,18 @@ def grade(
     ] = None,
     samples: Annotated[int, typer.Option(min=2, max=64, help="Answers of the model to each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.1, max=2, help="Of the model's answers.")] = 1.0,
-    rows: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Rows taken, evenly over the file (default: all; with --model 64, but all with --keep)."
-        ),
-    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.1, max=2, help="Higher: the model's answers vary more.")] = 1.0,
+    rows: NumRows = None,
     passes: Annotated[float, typer.Option("--pass", help="Least reward of an answer that counts as right.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the model's answers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random numbers by which answers are drawn.")] = 0,
     keep: Annotated[
-        str | None, typer.Option(metavar="LOW:HIGH", help="Write the rows whose mean reward is in it to --out.")
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help="Write rows of a mean reward from LOW to HIGH to --out."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File of the rows that --keep keeps.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over --out.")] = False,
     page: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures.")] = None,
+    settings: Reading = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -79,7 +86,7 @@ def grade(
     def say(words: str) -> None:
         screen.print(visible(words), style="bright_black")
 
-    loaded, every = _read(data, grader, model, offline)
+    loaded, every = _read(data, settings or [], grader, model, say, offline=offline)
     num = min(rows or (ROWS_OF_MODEL if model and not keep else len(every)), len(every))
     prompts = [every[i * len(every) // num] for i in range(num)]
     if num < len(every):
@@ -110,18 +117,27 @@ class _Drawing:
     temperature: float
 
 
-def _read(data: str, grader: str, model: str | None, offline: bool) -> tuple[Grader, list[Prompt]]:
+def _read(
+    path: str, settings: Sequence[str], grader: str, model: str | None, say: Say, *, offline: bool
+) -> tuple[Grader, list[Prompt]]:
     """The grader and all rows. Raises InputError, before anything heavy is loaded."""
     from tunesmith.cli.display import pinned
     from tunesmith.graders import schema
-    from tunesmith.graders.prompts import read_prompts
-    from tunesmith.recipe.schema import Data, DataFile
+    from tunesmith.graders.prompts import read_as, read_prompts
+    from tunesmith.recipe import load as recipes
+    from tunesmith.recipe.schema import DataFile
 
     loaded = schema.load(grader)
     if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(loaded).values()):
         raise InputError(f"{grader}: length in tokens: they are a model's. Give --model, or count words.")
-    every = read_prompts([pinned(Data(train=(DataFile(path=data),)), offline=offline).train[0].path])
+    if other := [setting for setting in settings if not setting.startswith(READING)]:
+        raise InputError(f"--set {other[0]}: only options of reading do something here: {', '.join(READING)}.")
+    data = recipes.load(None, settings).data.model_copy(update={"train": (DataFile(path=path),)})
+    every, num_left_out = read_prompts(pinned(data, offline=offline))
     schema.check_variables(loaded, every[0].item, grader)
+    notes = [f"{plural(num_left_out, 'row')} left out (data.bad_rows: skip)"] if num_left_out else []
+    for note in [*notes, *read_as(every[0].item)]:
+        say(f"note: {note}")
     return loaded, every
 
 

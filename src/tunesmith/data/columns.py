@@ -165,10 +165,11 @@ def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
         return []
     longest = max(texts, key=lambda name: _length(rows, name))
     labels = sorted(labels, key=lambda name: _plain(name) not in LABEL_NAMES)
-    maybe = [name for name in names if len(rows) < FEW_COLUMN_ROWS and _plain(name) not in NAMES_ABOUT]
+    short = [name for name in names if _plain(name) not in NAMES_ABOUT]
+    maybe = short if len(rows) < FEW_COLUMN_ROWS else []
     classes = [_class_of(longest, name) for name in labels or maybe]
     numbers = [_class_of(longest, name, by_number=True) for name in by.get("number", [])]
-    pair = [name for name in kinds if name in (texts if len(texts) > 1 else [*texts, *maybe])]
+    pair = [name for name in kinds if name in (texts if len(texts) > 1 else [*texts, *short])]
     if len(pair) > 2:
         pair = sorted(sorted(pair, key=lambda name: -_length(rows, name))[:2], key=list(kinds).index)
     both = [_pair(pair[0], pair[1], task), _pair(pair[1], pair[0], task)] if len(pair) == 2 else []

@@ -27,7 +27,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
@@ -189,31 +189,52 @@ def _say(write: int, answer: Record) -> None:
 
 
 def _trace(error: BaseException) -> str:
-    """The end of a traceback, without the lines of this file and without marks below the others."""
+    """The end of a traceback, without the lines of this file and of libraries that the grader called, and
+    without marks below the others."""
     trace = traceback.TracebackException.from_exception(error)
     frames = [frame for frame in trace.stack if frame.filename != __file__ and "importlib" not in frame.filename]
+    while len(frames) > 1 and _is_installed(frames[-1].filename):
+        frames.pop()  # the line of the grader that called it says more
     lines = traceback.format_list([(frame.filename, frame.lineno or 0, frame.name, frame.line) for frame in frames])
     return "".join([*lines, *trace.format_exception_only()]).strip()[-MOST_TRACE:]
 
 
-def _problem(error: BaseException, fields: Sequence[str] = ()) -> Answer:
-    """The kind and message of an error, with the way out of usual slips. `fields`: names of the row's fields."""
+def _is_installed(file: str) -> bool:
+    """Whether a file belongs to Python or to an installed package."""
+    libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    return bool(libraries & set(Path(file).parents))
+
+
+def _problem(error: BaseException, request: Record | None = None) -> Answer:
+    """The kind and message of an error, with the way out of usual slips. `request`: the answer and its row."""
     if isinstance(error, GradeError):
         return {"kind": error.kind, "error": str(error)}
-    words = _trace(error)
+    kind = "memory" if isinstance(error, MemoryError) else "exception"
+    return {"kind": kind, "error": "\n".join([_trace(error), *_ways_out(error, request or {})])}
+
+
+def _ways_out(error: BaseException, request: Record) -> list[str]:
+    """The way out of a usual slip; none of other errors."""
+    text, item = request.get("sample", {}).get("output_text", ""), request.get("item", {})
     if isinstance(error, FileNotFoundError) and not os.path.isabs(error.filename or os.sep):
-        words += "\nIt runs in an empty folder: find files next to its own by Path(__file__).parent."
-    if isinstance(error, KeyError) and fields and error.args[0] not in fields:
-        words += f"\nThe row has {listed(fields, MOST_FIELDS)}."
-    return {"kind": "memory" if isinstance(error, MemoryError) else "exception", "error": words}
+        return ["It runs in an empty folder: find files next to its own by Path(__file__).parent."]
+    if isinstance(error, ModuleNotFoundError):
+        return [f"It runs in the Python of tunesmith: install the package with {sys.executable} -m pip."]
+    if isinstance(error, AttributeError) and isinstance(error.obj, dict):
+        return [f"sample and item are dicts: write [{error.name!r}] in place of .{error.name}."]
+    if isinstance(error, json.JSONDecodeError) and error.doc.strip() in text:
+        return ['An answer that is not JSON is a bad one: return 0.0 for it. sample["output_json"] is None then.']
+    if isinstance(error, KeyError) and item and error.args and error.args[0] not in [*item, *item.values()]:
+        return [f"The row has {listed(list(item), MOST_FIELDS)}."]
+    return []
 
 
 def _value_of(work: Work, request: Record) -> Answer:
     """The reward that a grader returns: a finite number, or numbers by name of which `reward` counts."""
     try:
         value = work(request)
-    except KeyError as error:
-        return _problem(error, list(request["item"]))
+    except Exception as error:
+        return _problem(error, request)
     scores = dict(value) if isinstance(value, Mapping) else {REWARD_KEY: value}
     numbers = {str(name): _number(value) for name, value in scores.items()}
     if numbers.get(REWARD_KEY) is None:

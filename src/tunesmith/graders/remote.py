@@ -96,6 +96,6 @@ def _words_of(error: urllib.error.HTTPError) -> str:
     except (OSError, HTTPException):
         return str(error.reason)
     try:
-        return str(json.loads(text)["error"]["message"])[:300]
+        return str(json.loads(text)["error"]["message"])[:300].rstrip(".")
     except (ValueError, TypeError, KeyError):
         return " ".join(text.split())[:300] or str(error.reason)

@@ -40,7 +40,8 @@ def verdicts(values: Record) -> list[Verdict]:
 
 def _verdicts(values: Record) -> Iterator[Verdict]:
     failed = sum(entry["num"] for entry in values["errors"])
-    if failed > MOST_FAILED * values["grades"]:
+    is_failing = failed > MOST_FAILED * values["grades"]
+    if is_failing:
         kinds = ", ".join(f"{FAILURES[entry['kind']]}: {entry['num']:,}" for entry in values["errors"])
         of = f"{failed:,} of {plural(values['grades'], 'grade')} failed ({percent(failed / values['grades'])})"
         yield Verdict(f"{of}, and have no reward: {kinds}. Mend the grader or the rows that are named above.", True)
@@ -49,7 +50,7 @@ def _verdicts(values: Record) -> Iterator[Verdict]:
         return
     low, high = min(entry["low"] for entry in known), max(entry["high"] for entry in known)
     model = values["kinds"].get(MODEL)
-    if low == high:
+    if low == high and not is_failing:  # grades that failed might differ
         yield Verdict(
             f"All grades are {low:g}: there is nothing to learn from. The grader has to tell answers apart.", True
         )

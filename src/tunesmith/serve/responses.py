@@ -50,6 +50,11 @@ _PROBLEMS = {
     "extra_forbidden": ("unknown_parameter", "unknown parameter"),
     "dict_type": ("invalid_value", "should be an object"),
 }
+_NOT_HERE = {
+    "reasoning_effort": " Models here have no levels of reasoning. Leave it out.",
+    "verbosity": " Models here have no levels of length. Leave it out, or set max_tokens.",
+}
+"""Parameters of other models that scripts bring along, with the way out."""
 _ERROR_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
 
 Events: TypeAlias = AsyncGenerator[StreamEvent, None]
@@ -98,7 +103,7 @@ def _problem(problem: Record, model: Any) -> tuple[str | None, str, str]:
     code, text = _PROBLEMS.get(problem["type"], ("invalid_value", text))
     hint = ""
     if code == "unknown_parameter" and len(name := str(problem["loc"][-1])) <= 60:
-        hint = did_you_mean(name, fields_at(model, problem["loc"][:-1]))
+        hint = _NOT_HERE.get(name) or did_you_mean(name, fields_at(model, problem["loc"][:-1]))
     return place or None, code, f"{place[:60] or 'The body'}: {text}.{hint}"
 
 

@@ -22,10 +22,11 @@ from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.evaluation.scores import labels_headline
 from tunesmith.graders import schema as graders
+from tunesmith.graders.prompts import read_as
 from tunesmith.inference.reward_scores import weights_of, weights_of_any
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.parallel.world import World
-from tunesmith.phrases import percent
+from tunesmith.phrases import percent, plural
 from tunesmith.planning import devices
 from tunesmith.planning.decisions import Decisions, with_options
 from tunesmith.planning.defaults import (
@@ -59,6 +60,8 @@ LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
 FULL, MOST_OF_A_DEVICE = 0.75, 64
 """Share of a step in which cards compute, below which a note says why; rows of a device beyond any use."""
+FEW_ROWS, MANY_TIMES = 20, 20
+"""Fewer training rows than this, learnt so often or more, are learnt by heart."""
 
 
 @dataclass
@@ -131,7 +134,7 @@ def resolve_run(
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
-        notes = rate_notes(recipe.method, recipe.optim, TASKS[rows.task], facts)
+        notes = _notes_on_training(recipe, facts)
         notes += [*notes_on_asking(recipe, rows), *_notes_on_teacher(recipe)]
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
         known |= {"other_models": other_weights(recipe, root, offline=offline)}
@@ -321,6 +324,25 @@ def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
     return num_bytes
 
 
+def _notes_on_training(recipe: Recipe, facts: Facts) -> list[str]:
+    rate = rate_notes(recipe.method, recipe.optim, TASKS[resolved(recipe.task)], facts)
+    return [*rate, *notes_on_repeats(recipe.train, facts)]
+
+
+def notes_on_repeats(train: Train, facts: Facts) -> list[str]:
+    """A note where few rows are trained so often that a model knows them by heart."""
+    rows, rows_per_step = len(facts.lengths_I), resolved(train.rows_per_step)
+    steps = total_steps(train, facts.steps_per_epoch(rows_per_step))
+    times = steps * min(rows_per_step, rows) // rows
+    if rows >= FEW_ROWS or times < MANY_TIMES:
+        return []
+    which = "1 training row is" if rows == 1 else f"{rows} training rows are"
+    return [
+        f"{which} learnt {times:,} times in {plural(steps, 'step')}: a model has so few rows by heart soon, and learns "
+        "little that helps with others. Give more rows, or stop earlier with train.max_steps"
+    ]
+
+
 def _notes_on_teacher(recipe: Recipe) -> list[str]:
     teacher = recipe.distil.teacher
     if teacher is None or Path(recipe.teacher_at).resolve() != Path(recipe.model).resolve():
@@ -408,7 +430,9 @@ def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progre
     _check_evaluation(recipe.evaluation, inputs.head, rows)
     if grader is not None:
         store, rows_I = rows.sides[0]
-        graders.check_variables(grader, next(iter(rows.prompts(store, rows_I[:1]).values())).kept, "reinforce.grader")
+        first = next(iter(rows.prompts(store, rows_I[:1]).values())).kept
+        rows.notes.extend(read_as(first))
+        graders.check_variables(grader, first, "reinforce.grader")
     return rows
 
 

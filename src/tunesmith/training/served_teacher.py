@@ -122,15 +122,23 @@ class ServedTeacher:
         try:
             self._entries(probe_ids(self.tokenizer), self._list_of, range(PROBED), self.top)
         except remote.RemoteError as error:
-            way = "See that it runs and can be reached from here."
-            if error.status is not None:
-                way = f"If {self.top} log-probabilities are too many for it, lower distil.top, or start it for more"
-                way += f" (vLLM: --max-logprobs {self.top})."
-            raise RecipeError(f"distil.teacher: {error}. {way} {_OTHER_WAYS}") from None
+            raise RecipeError(f"distil.teacher: {error}. {self._way_out(error.status)}") from None
         except _ReplyError as error:
             sent = f"a prompt of {PROBED} tokens was sent, and the server"
             raise RecipeError(f"{name}: {sent} {error}. {_OTHER_WAYS}") from None
         self._is_proven = True
+
+    def _way_out(self, status: int | None) -> str:
+        """The way out where the server refuses a prompt by this HTTP status, or does not answer (None)."""
+        if status is None:
+            return f"See that it runs and can be reached from here. {_OTHER_WAYS}"
+        if status in (401, 403):
+            return "Set an environment variable to its key, and name the variable by distil.key_env."
+        if status == 404:
+            asked = f"{self.address}/completions was asked for {self.options.model!r} (distil.model)"
+            return f"{asked}: an address mostly ends in /v1, and ADDRESS/models lists the names. {_OTHER_WAYS}"
+        too_many = f"If {self.top} log-probabilities are too many for it, lower distil.top, or start it for more"
+        return f"{too_many} (vLLM: --max-logprobs {self.top}). {_OTHER_WAYS}"
 
     def lists(self, rows: Sequence[Row]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """The number of each row, and [N, C] of its targets, as they come. Raises TeacherError for a row."""
@@ -255,7 +263,10 @@ class ServedTeacher:
         logp_of = {int(name): _logp(entry, name) for name in entry}
         likeliest = sorted((-logp, listed) for listed, logp in logp_of.items() if listed < self.vocabulary)[: self.top]
         if len(likeliest) < self.top:
-            raise _ReplyError(f"lists {len(likeliest)} of the {self.top} tokens that were asked for (distil.top)")
+            beyond = sum(listed >= self.vocabulary for listed in logp_of)
+            other = f", and {beyond} beyond the {self.vocabulary:,} tokens of the model that learns" if beyond else ""
+            asked = f"{len(likeliest)} of the {self.top} tokens that were asked for (distil.top)"
+            raise _ReplyError(f"lists {asked}{other}")
         total = math.fsum(math.exp(-negative) for negative, _ in likeliest)
         if total > 1 + SURE:
             raise _ReplyError(f"gives probabilities that sum to {total:.3f}")
