@@ -106,6 +106,15 @@ def test_failed_grades_are_counted_by_kind_with_their_line(rows: Path) -> None:
     }
 
 
+def test_a_trial_without_right_answers_praises_no_grader(tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": row["prompt"]} for row in ROWS])
+    said = grade(rows, "def grade(s, i):\n    return 1 - len(s['output_text']) / 99\n").stdout
+    assert "Nothing speaks against" not in said
+    assert "No row has a reference and no model has answered" in said
+    assert "An empty answer gets 1, the most of all" in said
+    assert "An empty answer" not in grade(rows, LONGER).stdout
+
+
 def test_scores_that_are_no_numbers_are_counted_with_their_first_line(rows: Path, tmp_path: Path) -> None:
     source = "def grade(s, i):\n    return {'reward': float(s['output_text'] == i['answer']), 'style': None}\n"
     page = tmp_path / "tried.html"
