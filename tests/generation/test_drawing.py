@@ -68,13 +68,21 @@ def test_a_row_of_logits_that_are_no_numbers_fails_alone():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("arch", often(FAMILIES, "llama", "gemma2", "qwen3_moe"))
-def test_log_probabilities_are_those_of_the_model_on_the_text_alone(arch, temperature):  # trap: G2, G5
+def test_log_probabilities_are_those_of_the_model_on_the_text_alone(arch, temperature):  # trap: G2, G5, G27
     model = tiny_model(arch, vocab_size=VOCAB, initializer_range=0.3).eval()
     refuse_undrawable(arch, model)
     for prompt, group in zip(PROMPTS, drawn(model, temperature=temperature), strict=True):
         for answer in group:
             expected = learnt(model, prompt, answer, temperature)
             assert torch.allclose(torch.tensor(answer.logps), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_the_comparison_catches_what_lies_before_a_prompt():  # trap: G27 planted: padding is read
+    model = tiny_model("llama", vocab_size=VOCAB, initializer_range=0.3).eval()
+    answer = drawn(model)[0][0]
+    padded = learnt(model, [END, END, *PROMPTS[0]], answer, 1.0)
+    with pytest.raises(AssertionError):
+        assert torch.allclose(torch.tensor(answer.logps), padded, atol=TOLERANCE, rtol=0)
 
 
 def test_the_comparison_catches_another_temperature_and_a_shift():  # trap: G2, G5 planted
@@ -155,7 +163,7 @@ def test_every_token_that_ends_an_answer_ends_it_and_is_kept():  # trap: G8
         assert all(token not in ends for answer in others for token in answer.ids[:-1])
 
 
-def test_answers_follow_from_their_seed_whatever_else_is_drawn():
+def test_answers_follow_from_their_seed_whatever_else_is_drawn():  # trap: G27
     model = tiny_model("llama", vocab_size=VOCAB, initializer_range=0.3).eval()
     all_of_them = drawn(model)
     assert [drawn(model, [prompt], [seed])[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)] != []

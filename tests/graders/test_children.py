@@ -298,6 +298,19 @@ def test_a_python_grader_has_no_network_where_the_system_allows_that() -> None:
         assert not pool.children[""].offline or num == 1  # loopback, which is down
 
 
+def test_code_that_keeps_its_network_is_named(tmp_path: Path) -> None:
+    theirs, ours = (
+        {"type": "python", "source": "def grade(s, i): return 1"},
+        function_in(tmp_path, "def grade(s, i): ..."),
+    )
+    for grader, is_told in ((schema.from_value(theirs), True), (ours, False)):
+        with Pool(grader, at_once=1) as pool:
+            pool.children[""].offline = True
+            assert pool.notes == []
+            pool.children[""].offline = False
+            assert [note.endswith("so the grader's code has one") for note in pool.notes] == [True] * is_told
+
+
 def test_a_process_that_says_nothing_is_ended(tmp_path: Path) -> None:
     child = Children(function_in(tmp_path, ODD, seconds=1.0))
     first = child._idle.queue[0]

@@ -18,6 +18,10 @@ MARK = "answer_rewards"
 """The key by which a row's result is known to be of this kind."""
 GRAM, MOST_TIMES = 4, 3
 """Words of a phrase, and times that an answer may have it without repeating itself."""
+NATS_AWAY = "nats_away"
+"""The key of how far answers are from the untouched model's, in the result of a row and among measures."""
+FAR_AWAY = 10.0
+"""Nats an answer from which on that is noted where rewards rose."""
 LONGER = 1 / 3
 """Share by which answers have grown or shrunk, from which on that is noted where rewards rose."""
 FEWER_ENDED = 0.05
@@ -26,12 +30,14 @@ ALIKE = 0.7
 HISTOGRAM_BINS = 10
 
 
-def graded_result(content: int, answers: Sequence[Record], passes: float) -> JsonObject | None:
+def graded_result(
+    content: int, answers: Sequence[Record], passes: float, nats_away: Sequence[float] = ()
+) -> JsonObject | None:
     """The result of one prompt, whose content hash is `content`, from its answers: {"text", "reward", "scores",
     "ended", "tokens"}. None where none of them has a reward.
 
     Its loss is minus its mean reward, which training makes smaller. `passes`: reward
-    of an answer that is right.
+    of an answer that is right. `nats_away`: log-ratio of each answer, by the model and by the untouched one.
     """
     scored = [answer for answer in answers if answer[REWARD_KEY] is not None]
     if not scored:
@@ -53,6 +59,7 @@ def graded_result(content: int, answers: Sequence[Record], passes: float) -> Jso
         "alike": sum(num for num in texts.values() if num > 1) / len(answers),
         "scores": {name: mean(values) for name, values in of_names.items()},
         "answers": [dict(answer) for answer in answers],
+        **({NATS_AWAY: mean(nats_away)} if nats_away else {}),
     }
 
 
@@ -77,6 +84,8 @@ def graded_statistics(rows: Sequence[Record], _: Sequence[str], complete: bool) 
         "repeated": [row["repeated"] for row in rows],
         "alike": [row["alike"] for row in rows],
     }
+    if all(NATS_AWAY in row for row in rows):  # not by methods that keep no untouched model, nor by other versions
+        columns[NATS_AWAY] = [row[NATS_AWAY] for row in rows]
     statistics = {key: ratio(values) for key, values in columns.items()}
     if has_k.any():
         statistics["pass_k"] = ratio([pass_at(num, len(row[MARK]), row["right"]) for row in rows], has_k)
@@ -129,6 +138,11 @@ def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> I
         yield (
             f"{rose}, and answers went from {was['answer_tokens']:.0f} to {now['answer_tokens']:.0f} tokens: "
             "look whether their length wins, not what they say"
+        )
+    if now.get(NATS_AWAY, 0.0) > FAR_AWAY:
+        yield (
+            f"{rose}, and an answer is {now[NATS_AWAY]:.0f} nats away from the untouched model: read some. "
+            "reinforce.kl: 0.02 or a lower optim.lr holds it nearer"
         )
     if now["repeated"] > 2 * max(was["repeated"], 0.01):
         share, earlier = percent(now["repeated"], 0), percent(was["repeated"], 0)

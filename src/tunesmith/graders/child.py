@@ -45,8 +45,8 @@ Answer = JsonObject
 """{"value": what a grader returned}, or {"kind", "error"} as in `grade.Grade`."""
 FILE_BYTES = 64 * 2**20
 """Largest file that a grade may write."""
-MOST_TRACE, MOST_FIELDS = 2000, 12
-"""Characters of a traceback, and fields of a row that are named."""
+MOST_TRACE, MOST_FIELDS, MOST_SHOWN = 2000, 12, 40
+"""Characters of a traceback, fields of a row that are named, and characters of a value that is no number."""
 PACKAGE = Path(__file__).resolve().parents[1]
 MODULE = "tunesmith_grader"  # name of the module that a grader's file becomes
 _SUBREAPER, _DEATH_SIGNAL, _NEW_USER, _NEW_NET = 36, 1, 0x10000000, 0x40000000
@@ -244,9 +244,11 @@ def _value_of(work: Work, request: Record) -> Answer:
         what += ", as a function does that ends without return" if value is None else ""
         rule = f"a grade is a finite number, or a dict of numbers of which {REWARD_KEY!r} counts"
         return {"kind": "not_a_number", "error": f"it gave {what}; {rule}"}
+    no_numbers = [name for name in scores if numbers[str(name)] is None]
     return {
         "value": numbers.pop(REWARD_KEY),
         "scores": {name: number for name, number in numbers.items() if number is not None},
+        "left_out": {str(name): repr(scores[name])[:MOST_SHOWN] for name in no_numbers},
     }
 
 

@@ -58,7 +58,7 @@ class Children:
             raise GradeError("died", f"{_place(self._grader)}: its files were edited meanwhile, or its run has ended")
         try:
             answer = child.ask(request, self._grader.seconds * times + STARTING_GRACE_S)
-        except GradeError:
+        except (GradeError, RecursionError):
             self._all.remove(child)
             child.end()
             raise

@@ -94,6 +94,7 @@ def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: floa
         "model": _of_model(kinds[MODEL], passes) if kinds[MODEL] else None,
         "won": _won(kinds),
         "errors": _errors(prompts, graded),
+        "left_out": _left_out(prompts, graded),
         "seconds": {name: float(np.quantile(seconds, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
         **_extremes(prompts, kinds[MODEL] or kinds["reference"] or graded),
     }
@@ -212,6 +213,16 @@ def _errors(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[JsonObj
         ]
         errors.append({"kind": kind, "num": num, "first": places})
     return errors
+
+
+def _left_out(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[JsonObject]:
+    """Further numbers of a grader that were none, by name: their number, and the first of them."""
+    values: dict[str, JsonObject] = {}
+    for entry in graded:
+        for name, value in entry.grade.left_out.items():
+            first = {"name": name, "num": 0, "source": prompts[entry.row].source, "of": entry.kind, "value": value}
+            values.setdefault(name, first)["num"] += 1
+    return [values[name] for name in sorted(values)]
 
 
 def _extremes(prompts: Sequence[Prompt], entries: Sequence[Graded]) -> JsonObject:

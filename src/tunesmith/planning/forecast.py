@@ -422,6 +422,8 @@ def counts(
     if (draws := drawn.draws_of(recipe)) and task.samples:
         written = draws.words(-(-graded // evaluations // devices)) * devices * evaluations
         guard = of_step  # the answers of step 1, measured as they are learnt
+        if METHODS[recipe.method.name].is_adapter and graded:  # held-out answers, with the adapter and without
+            guard += 2 * graded * (draws.new_tokens + float(held.mean())) / devices
     elif head == "next_token":
         read, written = _answers(recipe.evaluation, rows, together=prompts, on_the_way=evaluations - 2)
     if recipe.distil.teacher is not None:

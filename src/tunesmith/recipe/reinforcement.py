@@ -64,9 +64,9 @@ class Reinforce(OptionGroup):
     """Answers drawn to each held-out prompt before and after, with the same random numbers."""
     passes: float = 1.0
     """Least reward of an answer that counts as right in pass@1 and pass@k."""
-    keep_answers: Annotated[int, Field(ge=0)] = 100
+    keep_answers: Annotated[int, Field(ge=0)] | None = 100
     """Newest steps whose answers are kept, with reward and advantage, in the run's
-    folder: rollouts/step-N.jsonl."""
+    folder: rollouts/step-N.jsonl; null: all."""
     streams: Positive | Auto = "auto"
     """Most answers decoded together. auto: all that are drawn at once, at most 128, on a card 256.
     Another number changes rounding."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.prompts import begun_answer
 from tunesmith.data.row_targets import write_targets
 from tunesmith.data.sampler import StepSampler, copies, pass_cost
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
@@ -41,7 +42,7 @@ from tunesmith.planning.defaults import (
 )
 from tunesmith.planning.devices import Device
 from tunesmith.planning.drawn import grade_seconds
-from tunesmith.planning.fit import fit, gib, nearest, refuse, refuse_shard, why_whole
+from tunesmith.planning.fit import fit, gib, nearest, refuse, refuse_shard, why_whole, with_fewer_streams
 from tunesmith.planning.forecast import Forecast, Forecaster, measured_tokens
 from tunesmith.planning.memory import TORCH_DTYPES
 from tunesmith.planning.tower import Shown
@@ -135,7 +136,7 @@ def resolve_run(
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
         notes = _notes_on_training(recipe, facts)
-        notes += [*notes_on_asking(recipe, rows), *_notes_on_teacher(recipe)]
+        notes += [*notes_on_asking(recipe, rows), *_notes_on_teacher(recipe), *_notes_on_prompts(rows, inputs)]
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
         known |= {"other_models": other_weights(recipe, root, offline=offline)}
         with _forecasting(notes):
@@ -269,7 +270,11 @@ def _forecast(
         shown=Shown.of(rows, inputs.renderer.placeholders),
     )
     whole, predict, longest = recipe, forecaster.forecast, int(rows.store.lengths[rows.train_rows].max())
+    fewer: list[Choice] = []
+    if rows.is_prompts and inputs.recipe.reinforce.streams == "auto":
+        whole, fewer = with_fewer_streams(whole, predict)
     recipe, fitted, forecast = fit(whole, predict, longest=longest, free_tokens=free_tokens)
+    fitted = [*fewer, *fitted]
     if not forecast.fits and can_split:
         needed = f"a whole model on each device would need {gib(forecast.memory.total)} of {gib(device.room)}"
         choice = Choice("shard", True, f"{needed}: the layers' weights are split over {size}")
@@ -340,6 +345,20 @@ def notes_on_repeats(train: Train, facts: Facts) -> list[str]:
     return [
         f"{which} learnt {times:,} times in {plural(steps, 'step')}: a model has so few rows by heart soon, and learns "
         "little that helps with others. Give more rows, or stop earlier with train.max_steps"
+    ]
+
+
+def _notes_on_prompts(rows: Splits, inputs: Inputs) -> list[str]:
+    """A note on what the template begins of each answer, which no grader finds in its text."""
+    if not rows.is_prompts:
+        return []
+    store, rows_I = rows.sides[0]
+    begun = begun_answer(inputs.renderer.tokenizer, store.row(int(rows_I[0])).ids.tolist())
+    if not begun:
+        return []
+    return [
+        f"the chat template opens {begun.strip()} at the end of each prompt, so answers go on behind it and lack it: "
+        'a grader has it as sample["prefix"]'
     ]
 
 

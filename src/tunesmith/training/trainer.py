@@ -266,6 +266,7 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
     setup.world.wants_stop = lambda: session.listener.should_stop() or run.stop_asked()
     if setup.drawing is not None:
         setup.drawing.tick = session.listener.on_progress
+        setup.drawing.notes.say = lambda text: session.emit("note", {"text": text})
         for text in setup.drawing.keep_in(run.path) if setup.world.is_first else ():
             session.emit("note", {"text": text})
     try:
