@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.inference.load import follow_renamed_gguf
 from tunesmith.parallel.world import World
+from tunesmith.phrases import changes
 from tunesmith.recipe import load
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
@@ -91,12 +92,7 @@ def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
-    changed = [
-        f"{key} was {then.get(key, 'absent')}, is {now.get(key, 'absent')}"
-        for key in sorted({*now, *then})
-        if now.get(key) != then.get(key)
-    ]
-    if changed:
+    if changed := changes(then, now):
         raise RunError(
             f"{run.path}: cannot resume exactly, because this changed: {'; '.join(changed)}. "
             "Put it back, or start a new run with `tunesmith train`."
