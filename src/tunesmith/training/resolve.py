@@ -51,8 +51,9 @@ from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.image_parts import decide_seeing, forecast_notes
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import as_answers, streams_of
-from tunesmith.training.served_teacher import ServedTeacher, notes_on_asking
+from tunesmith.training.served_teacher import ServedTeacher
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by, image_token_of
+from tunesmith.training.teacher import notes_on_teacher
 from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 
 LARGE_CHECKPOINT = 256 * 2**20
@@ -132,7 +133,7 @@ def resolve_run(
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
         notes = rate_notes(recipe.method, recipe.optim, TASKS[rows.task], facts)
-        notes += [*notes_on_asking(recipe, rows), *_notes_on_teacher(recipe)]
+        notes += notes_on_teacher(recipe, rows)
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
         known |= {"other_models": other_weights(recipe, root, offline=offline)}
         with _forecasting(notes):
@@ -319,13 +320,6 @@ def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
         except ModelError as error:
             raise ModelError(f"distil.teacher: {error}") from None
     return num_bytes
-
-
-def _notes_on_teacher(recipe: Recipe) -> list[str]:
-    teacher = recipe.distil.teacher
-    if teacher is None or Path(recipe.teacher_at).resolve() != Path(recipe.model).resolve():
-        return []
-    return [f"distil.teacher: {teacher}: it is the model that learns, which has nothing to learn from itself"]
 
 
 def _saving(steps: int, forecast: Forecast, folder: Path | None) -> Choice | None:

@@ -60,7 +60,7 @@ from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by, image_token_of
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.training.taught_answers import taught_by
-from tunesmith.training.teacher import AnyTeacher
+from tunesmith.training.teacher import Teacher
 from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress
 
 PROBED = 3
@@ -96,7 +96,7 @@ class Setup(TrainState):
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
     drawing: Drawing | None = None
     """Draws and grades answers; None: rows have theirs."""
-    teacher: AnyTeacher | None = None
+    teacher: Teacher | None = None
     """The model that rows, or drawn answers, are read by."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of data, model, tokenizer and template, and settings. An exact resume needs the same, but for
@@ -404,7 +404,7 @@ def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes:
 
 def _identity(
     recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], drawing: Drawing | None, *,
-    teacher: AnyTeacher | None,
+    teacher: Teacher | None,
 ) -> dict[str, str]:  # fmt: skip
     """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
     the recipe for other tasks are left out."""
