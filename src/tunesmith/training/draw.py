@@ -232,8 +232,8 @@ class Drawing:
                 self.tick("draw", len(ended) * num, num_mine * num)
 
         options = self.options
-        settings = Draw.of(
-            self.renderer,
+        settings = Draw(
+            renderer=self.renderer,
             num=num,
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,

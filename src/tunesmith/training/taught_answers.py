@@ -24,8 +24,8 @@ from tunesmith.errors import RecipeError
 from tunesmith.generation.draws import Draw, DrawnAnswer, refuse_undrawable
 from tunesmith.models.fused_loss import OutputLayer
 from tunesmith.parallel.world import World
-from tunesmith.recipe.distillation import STREAMS
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.distillation import STREAMS, Distil
+from tunesmith.recipe.schema import resolved
 from tunesmith.tasks.distil import DISTIL
 from tunesmith.training.draw import over_answers, seeds_of, values_of_answers
 from tunesmith.training.groups import draw_together
@@ -40,7 +40,8 @@ from tunesmith.types import Row
 class Distilling:
     """`TrainState.draw` of a run that learns a teacher's probabilities at the tokens of its own answers."""
 
-    recipe: Recipe
+    options: Distil
+    seed: int
     renderer: Renderer
     teacher: Teacher
     output: OutputLayer | None
@@ -64,9 +65,9 @@ class Distilling:
         return Drawn(view, rows, lambda: values_of_answers(answers), timing)
 
     def _answers(self, state: TrainState, rows: Sequence[int], step: int) -> list[DrawnAnswer]:
-        most, temperature = self.recipe.distil.max_new_tokens, self.recipe.distil.temperature
-        settings = Draw.of(self.renderer, num=1, temperature=temperature, max_new_tokens=most, streams=STREAMS)
-        seeds = seeds_of(state.store, rows, seed=self.recipe.seed, step=step)
+        most, temperature = self.options.max_new_tokens, self.options.temperature
+        settings = Draw(renderer=self.renderer, num=1, temperature=temperature, max_new_tokens=most, streams=STREAMS)
+        seeds = seeds_of(state.store, rows, seed=self.seed, step=step)
         prompts = [prompt_of(state.store.row(row)).tolist() for row in rows]
         return [answer for (answer,) in draw_together(state, prompts, seeds, settings)]
 
@@ -88,7 +89,9 @@ def taught_by(
     if recipe.distil.on_policy:
         refuse_undrawable(inputs.located.name, model)
     teacher = plan.served or teacher_here(plan, world)
-    return teacher, Distilling(recipe, inputs.renderer, teacher, output) if recipe.distil.on_policy else None
+    if not recipe.distil.on_policy:
+        return teacher, None
+    return teacher, Distilling(recipe.distil, recipe.seed, inputs.renderer, teacher, output)
 
 
 def prompt_of(row: Row) -> NDArray[np.int32]:
