@@ -1,7 +1,10 @@
 """Answers are drawn from the distribution that learns them, with the ids that the model was fed."""
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +30,9 @@ TOLERANCE = 1e-4
 """Of log-probabilities in float32: two orders of the same sums."""
 
 
-def how(**changes) -> Draw:
-    usual = Draw(
-        tokenizer=TOKENIZER, stop_ids=frozenset({END}), num=4, temperature=1.0, max_new_tokens=12, streams=16,
-    )  # fmt: skip
+def how(*, stop_ids: Collection[int] = (END,), **changes) -> Draw:
+    renderer: Any = SimpleNamespace(tokenizer=TOKENIZER, stop_ids=stop_ids)
+    usual = Draw(renderer=renderer, num=4, temperature=1.0, max_new_tokens=12, streams=16)
     return replace(usual, **changes)
 
 

@@ -43,7 +43,7 @@ from tunesmith.recipe.reinforcement import file_of
 from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks.policy_losses import VALUE_COLUMNS
 from tunesmith.training import draw as draws
-from tunesmith.training import graded
+from tunesmith.training import graded, groups
 from tunesmith.training import setup as setups
 from tunesmith.training.check_sampler import check_sampler
 from tunesmith.training.groups import Group
@@ -480,7 +480,7 @@ def planted(monkeypatch, change) -> None:
             on_answers(at, group)
         return found
 
-    monkeypatch.setattr(draws, "draw_answers", changed)
+    monkeypatch.setattr(groups, "draw_answers", changed)
 
 
 def test_what_draws_is_what_learns(setup):
@@ -767,7 +767,7 @@ def test_a_probe_comes_to_its_end(setup, tmp_path):
 
 
 def test_memory_that_ends_while_answers_are_drawn_has_its_own_way_out(tmp_path, monkeypatch):
-    real, calls = draws.draw_answers, []
+    real, calls = groups.draw_answers, []
 
     def lacking(decoder, asked, seeds, how, *, on_answers):
         calls.append(how)
@@ -776,7 +776,7 @@ def test_memory_that_ends_while_answers_are_drawn_has_its_own_way_out(tmp_path, 
         monkeypatch.setattr("tunesmith.generation.draws._drawn", lambda scheduler, requests: ())
         return real(decoder, asked, seeds, how, on_answers=on_answers)
 
-    monkeypatch.setattr(draws, "draw_answers", lacking)
+    monkeypatch.setattr(groups, "draw_answers", lacking)
     with pytest.raises(OutOfMemoryError, match=r"Fewer reinforce\.samples.*Saved: step 2.*start a new run") as error:
         train(rewarded(tmp_path), root=tmp_path / "runs")
     assert "tokens_per_pass" not in str(error.value)

@@ -15,17 +15,16 @@ from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import copied, model_folder, same_run, stopped, tiny_recipe
 from tunesmith.cli.check import _why_not
-from tunesmith.data.kept_replies import KeptReplies
 from tunesmith.data.teacher_rows import columns
 from tunesmith.errors import InputError, RecipeError, TeacherError
 from tunesmith.recipe.distillation import Distil
 from tunesmith.recipe.origin import moved_to
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
+from tunesmith.runs.keyed_lines import KeyedLines
 from tunesmith.tasks.policy_losses import VALUE_COLUMNS, token_losses
 from tunesmith.training.resolve import resolve_run
-from tunesmith.training.served_teacher import PROBED, ServedTeacher, probe_ids
-from tunesmith.training.taught_answers import BY_TOKENS
+from tunesmith.training.served_teacher import BY_TOKENS, PROBED, ServedTeacher, probe_ids
 from tunesmith.training.trainer import resume, train
 from tunesmith.types import Row, Source
 
@@ -123,9 +122,8 @@ def test_a_server_that_is_believed_teaches_wrongly(server: ScoringServer, monkey
     """Planted: its entries are one place off."""
     server.spoiled = shifted
 
-    def believed(self: ServedTeacher, ids: list[int], numbers: Any, wanted: set[int], top: int) -> list[Any]:
-        entries = server.spoiled(ids, server.scored(ids, TOP))
-        return [numbers(entries[place], ids[place]) for place in sorted(wanted)]
+    def believed(self: ServedTeacher, ids: list[int], top: int) -> Entries:
+        return server.spoiled(ids, server.scored(ids, top))
 
     monkeypatch.setattr(ServedTeacher, "_entries", believed)
     monkeypatch.setattr(ServedTeacher, "prove", lambda self: None)
@@ -263,7 +261,7 @@ def test_what_was_answered_is_not_asked_again(server: ScoringServer, tmp_path: P
     teacher.prove()
     server.asked.clear()
     server.spoiled = lambda ids, entries: entries if len(server.asked) < 4 else truncated(ids, entries)
-    teacher.replies = KeptReplies(file, columns(TOP))
+    teacher.replies = KeyedLines(file)
     with pytest.raises(TeacherError):
         list(teacher.lists(rows))
     lines = file.read_bytes().splitlines(keepends=True)
@@ -272,7 +270,7 @@ def test_what_was_answered_is_not_asked_again(server: ScoringServer, tmp_path: P
     file.write_bytes(b"".join([damaged, *lines[1:], torn]))
     server.spoiled = lambda ids, entries: entries
     server.asked.clear()
-    teacher.replies = KeptReplies(file, columns(TOP))
+    teacher.replies = KeyedLines(file)
     after = dict(teacher.lists(rows))
     assert len(server.asked) == 6 - len(lines) + 1, "a damaged line does not count"
     assert all((before[i] == after[i]).all() for i in range(6))

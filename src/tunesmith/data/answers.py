@@ -25,7 +25,10 @@ class DrawnSource(Source):
 
 
 def answer_row(
-    prompt_T: NDArray[np.int32], answer: Sequence[int], values_NC: NDArray[np.float32], source: DrawnSource
+    prompt_T: NDArray[np.int32],
+    answer: Sequence[int],
+    source: DrawnSource,
+    values_NC: NDArray[np.float32] | None = None,
 ) -> Row:
     """The row of a prompt and its answer. Every token of the answer is learnt, also the token that ended it."""
     ids_T = np.concatenate([prompt_T, np.array(answer, np.int32)])
@@ -37,7 +40,7 @@ class AnswerStore:
     Answers that teach nothing count in it, but have no row."""
 
     def __init__(self, rows: Sequence[Row], divisor: float) -> None:
-        self.rows = tuple(rows)
+        self.rows = list(rows)
         self.lengths = np.array([len(row.ids) for row in rows], np.int32)
         self.targets = np.array([row.trained.sum() for row in rows], np.int32)
         self.denominators = np.zeros(len(rows))

@@ -43,8 +43,6 @@ def graded_result(
     if not scored:
         return None
     rewards = [float(answer[REWARD_KEY]) for answer in scored]
-    names = sorted({name for answer in scored for name in answer["scores"]})
-    of_names = {name: [answer["scores"][name] for answer in scored if name in answer["scores"]] for name in names}
     texts = Counter(answer["text"].strip() for answer in answers)
     return {
         "hash": f"{content:016x}",
@@ -57,7 +55,7 @@ def graded_result(
         "repeated": sum(repeats(answer["text"]) for answer in answers) / len(answers),
         "drawn": len(answers),
         "alike": sum(num for num in texts.values() if num > 1) / len(answers),
-        "scores": {name: mean(values) for name, values in of_names.items()},
+        "scores": mean_scores([answer["scores"] for answer in scored]),
         "answers": [dict(answer) for answer in answers],
         **({NATS_AWAY: mean(nats_away)} if nats_away else {}),
     }
@@ -115,6 +113,12 @@ def pass_at(k: int, num: int, right: int) -> float:
 def mean(rewards: Sequence[float]) -> float:
     """Rounded once, so that the same rewards in another order have the same mean."""
     return math.fsum(rewards) / len(rewards)
+
+
+def mean_scores(of_answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each score by its name, over the answers that have it."""
+    names = sorted({name for scores in of_answers for name in scores})
+    return {name: mean([scores[name] for scores in of_answers if name in scores]) for name in names}
 
 
 def graded_details(rows: Sequence[Record], _: Sequence[str]) -> JsonObject:

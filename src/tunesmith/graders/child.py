@@ -258,12 +258,11 @@ def _number(value: Any) -> float | None:
 
 
 def _forked(
-    work: Callable[[int, int], None], seed: int, limits: Limits, then: Callable[[str], bytes] | None = None
+    work: Callable[[int, int], None], seed: int, limits: Limits, then: Callable[[], bytes] | None = None
 ) -> tuple[str, Answer | None]:
     """Call `work(read, write)` in a fork. Returns the line that it wrote, and a problem if there was one.
 
-    `then` gets the fork's first line and returns, from inside the fork's folder, what is sent to it; the fork
-    then writes a second line.
+    `then` returns what is sent to the fork after its first line, which is no answer; it writes a second one.
     """
     folder = tempfile.mkdtemp(prefix="grade-")
     (from_fork, to_us), (from_us, to_fork) = os.pipe(), os.pipe()
@@ -286,7 +285,7 @@ def _forked(
         ends = time.monotonic() + limits["seconds"]
         text = _line(from_fork, ends)
         if text and then is not None:
-            word = then(folder)
+            word = then()
             with suppress(OSError):
                 os.write(to_fork, word)
             text = _line(from_fork, ends)
@@ -365,7 +364,7 @@ def _passes(code: str, test: str, seed: int, limits: Limits) -> bool:
     the code is loaded, and the test's last line says it: an exit, a print or a replaced function is no pass."""
     word = ""
 
-    def then(folder: str) -> bytes:
+    def then() -> bytes:
         # Drawn now: a fork has what its parent's frames held before.
         nonlocal word
         word = secrets.token_hex(16)

@@ -13,7 +13,7 @@ import numpy as np
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation.bootstrap import intervals, ratio
-from tunesmith.evaluation.graded_scores import HISTOGRAM_BINS, mean, pass_at
+from tunesmith.evaluation.graded_scores import HISTOGRAM_BINS, mean, mean_scores, pass_at
 from tunesmith.graders.grade import Answer, Grade
 from tunesmith.graders.pool import Pool
 from tunesmith.graders.prompts import Prompt
@@ -125,11 +125,7 @@ def _of_kind(entries: Sequence[Graded]) -> JsonObject:
         return values
     means = [mean(group) for group in by_row(entries).values()]
     counts, edges = np.histogram(rewards, bins=HISTOGRAM_BINS)
-    scores: dict[str, list[float]] = {}
-    for entry in entries:
-        for name, score in entry.grade.scores.items():
-            scores.setdefault(name, []).append(score)
-    values["scores"] = {name: mean(column) for name, column in sorted(scores.items())}
+    values["scores"] = mean_scores([entry.grade.scores for entry in entries])
     values |= {"low": min(rewards), "high": max(rewards), "counts": counts.tolist(), "edges": edges.tolist()}
     return values | {"mean": intervals(len(means), {"mean": ratio(means)})["mean"]}
 

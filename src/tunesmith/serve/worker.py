@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -91,6 +91,8 @@ class Worker:
         self._options = options
         self._send = send
         self._preparer = ThreadPoolExecutor(1)
+        self._scores: dict[int, Iterator[Any]] = {}
+        """Prompts that are scored, by the keys of their requests, see `ServedModel.score`."""
         decoders = [each for decoder in registry.decoders for each in (decoder, decoder.seeing) if each is not None]
         self._schedulers = {
             decoder: Scheduler(
@@ -105,12 +107,14 @@ class Worker:
         """Do everything in the inbox; wait for something if there is nothing else to do."""
         with suppress(queue.Empty):
             while True:
-                work = self.inbox.get(block=not any(scheduler.is_busy for scheduler in self._schedulers.values()))
+                is_busy = self._scores or any(scheduler.is_busy for scheduler in self._schedulers.values())
+                work = self.inbox.get(block=not is_busy)
                 work() if callable(work) else self.take(*work)
 
     def take(self, key: int, verb: str, *words: Any) -> None:
         """Do, or start to do, what a message says."""
         if verb == "cancel":
+            self._scores.pop(key, None)
             for scheduler in self._schedulers.values():
                 scheduler.cancel(key)
         elif verb == "answer":
@@ -172,15 +176,25 @@ class Worker:
         served = self._registry.models.get(model)
         if isinstance(served, Embedder):
             return served.embed(texts, done, **how)
-        if isinstance(served, ServedModel) and "top" in how:  # a prompt to be scored
-            return served.score(texts, done, **how)
+        if isinstance(served, ServedModel) and "top" in how:
+            self._scores[key] = served.score(texts, **how)  # `step` reads it
+            return None
         return self._registry.find(model, Classifier).classify(texts, done)
 
+    def _score_on(self, key: int) -> Any:
+        """The scores of a prompt, once its last piece is read; until then others have their turns."""
+        reading = self._scores.pop(key)
+        if (scores := next(reading)) is None:
+            self._scores[key] = reading
+        return scores
+
     def step(self) -> None:
-        """One step of all answers under way; sends its events."""
+        """One step of all answers under way, and a piece of a prompt that is scored; sends its events."""
         busy = [scheduler for scheduler in self._schedulers.values() if scheduler.is_busy]
-        if not busy:
+        if not busy and not self._scores:
             self._registry.drop_detached()
+        if self._scores:
+            self._try(next(iter(self._scores)), self._score_on)
         if events := [event for scheduler in busy for event in scheduler.step()]:
             self._send(tuple(events))
 

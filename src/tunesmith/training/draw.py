@@ -31,8 +31,8 @@ from tunesmith.data.prompts import begun_answer
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler, sort_keys
 from tunesmith.errors import RunError, UngradedError
-from tunesmith.evaluation.graded_scores import mean
-from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing
+from tunesmith.evaluation.graded_scores import mean_scores
+from tunesmith.generation.draws import Draw, DrawnAnswer
 from tunesmith.graders.grade import FAILURES, Answer, Grade
 from tunesmith.graders.kept import KeptGrades
 from tunesmith.graders.pool import Pool
@@ -44,7 +44,7 @@ from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.tasks.policy_losses import STATS, VALUE_COLUMNS, Seen, log_probs, policy_loss_sum
 from tunesmith.tasks.reinforce import advantages, divisor, has_spread
 from tunesmith.training.draw_notes import DrawNotes
-from tunesmith.training.groups import DrawnStep, Group, all_answers, all_rows, first_grades
+from tunesmith.training.groups import DrawnStep, Group, all_rows, draw_together, first_grades
 from tunesmith.training.state import Drawn, TrainState
 from tunesmith.types import REWARD_KEY, Example, JsonObject, Record, Row
 
@@ -228,27 +228,26 @@ class Drawing:
         `reports`: says how far it is; a step is soon made. Ranks draw answers to some of the prompts
         each, the first one grades all."""
         began, futures, world = time.perf_counter(), dict[int, list[Future[Grade]]](), state.world
-        mine, ended = range(world.rank, len(rows), world.size), list[int]()
+        num_mine, ended = len(range(world.rank, len(rows), world.size)), list[int]()
 
-        def grade(number: int, answers: Sequence[DrawnAnswer]) -> None:
-            ended.append(number)
+        def grade(at: int, answers: Sequence[DrawnAnswer]) -> None:
             if world.is_first:
-                futures[mine[number]] = self._submitted(store, rows[mine[number]], answers)
+                futures[at] = self._submitted(store, rows[at], answers)
+            ended.append(at)
             if reports:
-                self.tick("draw", len(ended) * num, len(mine) * num)
+                self.tick("draw", len(ended) * num, num_mine * num)
 
         options = self.options
-        settings = Draw.of(
-            self.renderer,
+        settings = Draw(
+            renderer=self.renderer,
             num=num,
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
             streams=resolved(options.streams),
         )
-        with drawing(cast(Any, state.model)) as decoder:
-            ids = [store.row(rows[at]).ids.tolist() for at in mine]
-            of_mine = draw_answers(decoder, ids, [seeds[at] for at in mine], settings, on_answers=grade)
-        answers, drawn_s = all_answers(world, of_mine, len(rows)), time.perf_counter() - began
+        prompts = [store.row(row).ids.tolist() for row in rows]
+        answers = draw_together(state, prompts, seeds, settings, on_answers=grade)
+        drawn_s = time.perf_counter() - began
         if world.is_first:
             left = [at for at in range(len(rows)) if at not in futures]
             futures |= {at: self._submitted(store, rows[at], answers[at]) for at in left}
@@ -308,7 +307,7 @@ class Drawing:
         numbers_NC = numbers_of(group.answers[i], advantage, by_answer=self.options.normalize == "answers")
         source = store.source(group.row)
         drawn = DrawnSource(source.path, source.line, sample=i + 1)
-        return answer_row(store.row(group.row).ids, group.answers[i].ids, numbers_NC, drawn)
+        return answer_row(store.row(group.row).ids, group.answers[i].ids, drawn, numbers_NC)
 
     @torch.no_grad()
     def measured(self, view: TrainState) -> list[NDArray[np.float32]]:
@@ -418,8 +417,7 @@ def _values_of(groups: Sequence[Group]) -> JsonObject:
     grades = [grade for group in groups for grade in group.grades]
     answers = [answer for group in groups for answer in group.answers]
     rewards = np.array([grade.reward for grade in grades if grade.reward is not None])
-    names = sorted({name for grade in grades for name in grade.scores})
-    scores = {name: mean([grade.scores[name] for grade in grades if name in grade.scores]) for name in names}
+    scores = mean_scores([grade.scores for grade in grades])
     failed = Counter(grade.kind for grade in grades if grade.kind is not None)
     return {
         REWARD_KEY: float(rewards.mean()),

@@ -53,8 +53,9 @@ from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.image_parts import decide_seeing, forecast_notes
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import as_answers, streams_of
-from tunesmith.training.served_teacher import ServedTeacher, notes_on_asking
+from tunesmith.training.served_teacher import ServedTeacher
 from tunesmith.training.shared_prefixes import decide_sharing, image_token_of, with_shared_prefixes
+from tunesmith.training.teacher import notes_on_teacher
 from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 
 LARGE_CHECKPOINT = 256 * 2**20
@@ -136,7 +137,7 @@ def resolve_run(
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
         notes = _notes_on_training(recipe, facts)
-        notes += [*notes_on_asking(recipe, rows), *_notes_on_teacher(recipe), *_notes_on_prompts(rows, inputs)]
+        notes += [*notes_on_teacher(recipe, rows), *_notes_on_prompts(rows, inputs)]
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
         known |= {"other_models": other_weights(recipe, root, offline=offline)}
         with _forecasting(notes):
@@ -360,13 +361,6 @@ def _notes_on_prompts(rows: Splits, inputs: Inputs) -> list[str]:
         f"the chat template opens {begun.strip()} at the end of each prompt, so answers go on behind it and lack it: "
         'a grader has it as sample["prefix"]'
     ]
-
-
-def _notes_on_teacher(recipe: Recipe) -> list[str]:
-    teacher = recipe.distil.teacher
-    if teacher is None or Path(recipe.teacher_at).resolve() != Path(recipe.model).resolve():
-        return []
-    return [f"distil.teacher: {teacher}: it is the model that learns, which has nothing to learn from itself"]
 
 
 def _saving(steps: int, forecast: Forecast, folder: Path | None) -> Choice | None:

@@ -9,6 +9,7 @@ from tunesmith.data import sampler
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.inference.load import follow_renamed_gguf
 from tunesmith.parallel.world import World
+from tunesmith.phrases import changes
 from tunesmith.recipe import load
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.schema import Recipe, resolved
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.data.splits import Splits
     from tunesmith.training.draw import Drawing
     from tunesmith.training.setup import Setup
-    from tunesmith.training.teacher import AnyTeacher
+    from tunesmith.training.teacher import Teacher
 
 MAY_CHANGE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices", "shard")
 """Options that change the memory of a step, and of its result rounding and dropout's random numbers."""
@@ -48,7 +49,7 @@ def run_identity(
     model_hashes: Mapping[str, str],
     *,
     drawing: Drawing | None,
-    teacher: AnyTeacher | None,
+    teacher: Teacher | None,
 ) -> dict[str, str]:
     """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
     the recipe for other tasks are left out."""
@@ -141,12 +142,7 @@ def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
-    changed = [
-        f"{key} was {then.get(key, 'absent')}, is {now.get(key, 'absent')}"
-        for key in sorted({*now, *then})
-        if now.get(key) != then.get(key)
-    ]
-    if changed:
+    if changed := changes(then, now):
         raise RunError(
             f"{run.path}: cannot resume exactly, because this changed: {'; '.join(changed)}. "
             "Put it back, or start a new run with `tunesmith train`."

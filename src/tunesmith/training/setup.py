@@ -59,7 +59,7 @@ from tunesmith.training.same_run import run_identity
 from tunesmith.training.shared_prefixes import decide_sharing, image_token_of, with_shared_prefixes
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.training.taught_answers import taught_by
-from tunesmith.training.teacher import AnyTeacher
+from tunesmith.training.teacher import Teacher
 from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Layout, ModelKind, OnProgress
 
 PROBED = 3
@@ -95,7 +95,7 @@ class Setup(TrainState):
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
     drawing: Drawing | None = None
     """Draws and grades answers; None: the rows have answers."""
-    teacher: AnyTeacher | None = None
+    teacher: Teacher | None = None
     """The model to learn from: it reads the rows, or the answers that are drawn."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of data, model, tokenizer and template, and settings. An exact resume needs the same, but for
