@@ -286,10 +286,7 @@ def _forecast(
                 recipe, fitted, forecast = split, [choice, *others], other
     if not forecast.fits:
         forecast = replace(forecast, alternatives=nearest(recipe, predict, longest=longest))
-        refusal = refuse(forecast)
-        if recipe.memory == "refuse":
-            raise refusal
-        notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
+        notes.append(_refused(forecast, recipe.memory))
     steps = total_steps(recipe.train, forecast.sampler.steps_per_epoch)
     if inputs.recipe.checkpoint.every == "auto" and (saving := _saving(steps, forecast, folder)):
         recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
@@ -299,6 +296,14 @@ def _forecast(
     decisions.decide(*fitted)
     notes += forecast_notes(forecast, forecaster.shown)
     return forecast
+
+
+def _refused(forecast: Forecast, memory: str) -> str:
+    """A note on a run that does not fit. Raises DoesNotFitError instead if the option `memory` says so."""
+    refusal = refuse(forecast)
+    if memory == "refuse":
+        raise refusal
+    return f"{refusal} More: tunesmith explain {refusal.topic}"
 
 
 def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool) -> Device:
