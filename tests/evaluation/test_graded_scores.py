@@ -50,6 +50,7 @@ def test_pass_k_is_the_share_of_subsets_with_a_right_answer(num, right):
     assert measures["pass_1"]["value"] == pytest.approx((right / num + 1 / 3) / 2)
     assert measures["reward"]["value"] == pytest.approx(-measures["loss"]["value"])
     assert sum(details["rewards"]["counts"]) == num + 3
+    assert details["lengths"] == [[4, reward] for reward in (*answers, 0.0, 0.0, 1.0)]
 
 
 def test_pass_k_has_one_k_whatever_failed():

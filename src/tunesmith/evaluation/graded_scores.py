@@ -27,7 +27,7 @@ LONGER = 1 / 3
 FEWER_ENDED = 0.05
 ALIKE = 0.7
 """Share of equal answers above which hardly a group has a spread."""
-HISTOGRAM_BINS = 10
+HISTOGRAM_BINS, MOST_POINTS = 10, 1000
 
 
 def graded_result(
@@ -122,9 +122,11 @@ def mean_scores(of_answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def graded_details(rows: Sequence[Record], _: Sequence[str]) -> JsonObject:
-    """The histogram of all rewards."""
+    """The histogram of all rewards, and [tokens, reward] of answers."""
     counts, edges = np.histogram([reward for row in rows for reward in row[MARK]], bins=HISTOGRAM_BINS)
-    return {"rewards": {"counts": counts.tolist(), "edges": edges.tolist()}}
+    answers = [answer for row in rows for answer in row["answers"] if answer[REWARD_KEY] is not None]
+    lengths = [[int(answer["tokens"]), float(answer[REWARD_KEY])] for answer in answers[:MOST_POINTS]]
+    return {"rewards": {"counts": counts.tolist(), "edges": edges.tolist()}, "lengths": lengths}
 
 
 def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> Iterator[str]:

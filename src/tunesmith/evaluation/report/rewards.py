@@ -16,10 +16,14 @@ from tunesmith.types import REWARD_KEY, Record
 
 
 def reward_plots(series: RunSeries, report: Record) -> list[Plot]:
-    """Rewards over the steps, and their histograms before and after."""
+    """Rewards over the steps, their histograms before and after, and rewards by length."""
     plots = [_course(series)] if series.drawn else []
-    sides = {name: report["details"][name].get("rewards") for name in ("before", "after")}
-    return [*plots, _histogram(sides)] if all(sides.values()) else plots
+    details = {name: report["details"][name] for name in ("before", "after")}
+    if all(of_side.get("rewards") for of_side in details.values()):
+        plots.append(_histogram({name: of_side["rewards"] for name, of_side in details.items()}))
+    if all(of_side.get("lengths") for of_side in details.values()):
+        plots.append(_by_length({name: of_side["lengths"] for name, of_side in details.items()}))
+    return plots
 
 
 def _course(series: RunSeries) -> Plot:
@@ -54,6 +58,17 @@ def _histogram(sides: Record) -> Plot:
         axes.legend()
 
     return draw("rewards", "Rewards before and after", "Of answers to held-out prompts.", paint)
+
+
+def _by_length(sides: Record) -> Plot:
+    def paint(axes: Any) -> None:
+        for (name, points), color in zip(sides.items(), (MUTED, ACCENT), strict=True):
+            tokens_rewards = np.array(points, np.float64)
+            axes.scatter(tokens_rewards[:, 0], tokens_rewards[:, 1], s=9, color=color, alpha=0.5, label=name)
+        axes.set(xlabel="tokens of an answer", ylabel="reward")
+        axes.legend()
+
+    return draw("lengths", "Reward by length", "Of answers to held-out prompts, before and after.", paint)
 
 
 def reward_sentences(series: RunSeries) -> Iterator[str]:
