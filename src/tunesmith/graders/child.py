@@ -45,7 +45,7 @@ Answer = JsonObject
 """{"value": what a grader returned}, or {"kind", "error"} as in `grade.Grade`."""
 FILE_BYTES = 64 * 2**20
 """Largest file that a grade may write."""
-MOST_TRACE, MOST_FIELDS, MOST_SHOWN = 2000, 12, 40
+MOST_TRACE, MOST_FIELDS, MOST_OF_VALUE = 2000, 12, 40
 """Characters of a traceback, fields of a row that are named, and characters of a value that is no number."""
 PACKAGE = Path(__file__).resolve().parents[1]
 MODULE = "tunesmith_grader"  # name of the module that a grader's file becomes
@@ -248,7 +248,7 @@ def _value_of(work: Work, request: Record) -> Answer:
     return {
         "value": numbers.pop(REWARD_KEY),
         "scores": {name: number for name, number in numbers.items() if number is not None},
-        "left_out": {str(name): repr(scores[name])[:MOST_SHOWN] for name in no_numbers},
+        "left_out": {str(name): repr(scores[name])[:MOST_OF_VALUE] for name in no_numbers},
     }
 
 

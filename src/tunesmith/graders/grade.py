@@ -49,7 +49,7 @@ class Answer:
     """False: it was cut, since it reached the largest number of tokens."""
     tokens: int | None = None
     prefix: str = ""
-    """What the chat template has begun of it, at the end of the prompt: "<think>\\n" of some that reason."""
+    """The beginning of the answer that the chat template writes into the prompt, such as "<think>\\n"."""
 
     def as_sample(self) -> JsonObject:
         """`sample` as a grader gets it: OpenAI's names, and ours `ended`, `tokens` and `prefix`."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tunesmith.data.formats.prompts import OTHER_NAMES, prompt_field, prompt_in
+from tunesmith.data.formats.prompts import PROMPT_NAMES, prompt_field, prompt_in
 from tunesmith.data.problems import SKIP, SKIPPING, RowProblems, unusable
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
@@ -72,7 +72,7 @@ def read_prompts(data: Data) -> tuple[list[Prompt], int]:
 def read_as(item: Record) -> list[str]:
     """Notes on fields of a row that are read by names that are not ours."""
     prompt = prompt_field(item)
-    notes = [f"the prompt is read from {prompt!r}"] if prompt in OTHER_NAMES else []
+    notes = [f"the prompt is read from {prompt!r}"] if prompt in PROMPT_NAMES else []
     if all(item.get(name) is None for name in REFERENCES):
         right = (name for name in OTHER_REFERENCES if item.get(name) is not None)
         notes += [f"the right answer is read from {name!r}" for name in right][:1]

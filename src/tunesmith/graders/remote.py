@@ -93,7 +93,7 @@ def _read(reply: HTTPResponse | urllib.error.HTTPError, ends: float, most_bytes:
 
 
 def _words_of(error: urllib.error.HTTPError, ends: float) -> str:
-    """What a refusal says, as far as it comes in time."""
+    """The words of a refusal, as far as they come in time."""
     try:
         text = _read(error, ends, MOST_REPLY_BYTES).decode("utf-8", "replace")
     except (OSError, HTTPException):

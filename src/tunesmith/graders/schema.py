@@ -95,7 +95,7 @@ class Function(_Child):
 class UnitTests(_Child):
     type: Literal["unit_tests"]
     seconds: float = Field(10.0, gt=0, le=3600)
-    """Of each test."""
+    """Seconds of each test."""
     tests: str = "tests"
     """Field of the row: a list of texts, or one."""
 

@@ -32,7 +32,7 @@ class Sample:
     ended: bool = False
     tokens: int = 0
     prefix: str = ""
-    """What the chat template has begun of it, at the end of the prompt."""
+    """The beginning of the answer that the chat template writes into the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def rows_as_read(
 
 
 def _rows_as_they_are(data: Data, first: int, last: int) -> list[JsonObject]:
-    """The same lines with the fields that they have, of which nothing is known to be learnt."""
+    """Lines with the fields that they have: nothing is known of what would be learnt of them."""
     from tunesmith.data.read import read
 
     rows: list[JsonObject] = []

@@ -47,7 +47,7 @@ class LocalTeacher(Teacher):
     """A model in the memory of this machine."""
 
     hashes: Mapping[str, str]
-    """Of everything that its answers depend on."""
+    """Hashes of everything that its answers depend on."""
     device: str
     """The device that it computes on."""
     loaded: LoadedModel | None = None

@@ -75,7 +75,7 @@ class Timed:
 
     seconds: float
     count: float = 1
-    """How often it was done; of a step its tokens."""
+    """Times that it was done; of a step its tokens."""
     step: int = 0
     """Number of the step in the run; 0: none."""
 

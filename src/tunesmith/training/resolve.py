@@ -62,7 +62,7 @@ LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
 FULL, MOST_OF_A_DEVICE = 0.75, 64
 """Share of a step in which cards compute, below which a note says why; rows of a device beyond any use."""
-FEW_ROWS, MANY_TIMES = 20, 20
+FEW_TRAIN_ROWS, MANY_TIMES = 20, 20
 """Fewer training rows than this, learnt so often or more, are learnt by heart."""
 
 
@@ -136,8 +136,9 @@ def resolve_run(
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
-        notes = _notes_on_training(recipe, facts)
-        notes += [*notes_on_teacher(recipe, rows), *_notes_on_prompts(rows, inputs)]
+        notes = [*rate_notes(recipe.method, recipe.optim, TASKS[rows.task], facts)]
+        notes += [*notes_on_repeats(recipe.train, facts), *notes_on_teacher(recipe, rows)]
+        notes += _notes_on_prompts(rows, inputs)
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
         known |= {"other_models": other_weights(recipe, root, offline=offline)}
         with _forecasting(notes):
@@ -271,11 +272,10 @@ def _forecast(
         shown=Shown.of(rows, inputs.renderer.placeholders),
     )
     whole, predict, longest = recipe, forecaster.forecast, int(rows.store.lengths[rows.train_rows].max())
-    fewer: list[Choice] = []
-    if rows.is_prompts and inputs.recipe.reinforce.streams == "auto":
-        whole, fewer = with_fewer_streams(whole, predict)
+    has_open_streams = rows.is_prompts and inputs.recipe.reinforce.streams == "auto"
+    whole, fewer_streams = with_fewer_streams(whole, predict) if has_open_streams else (whole, [])
     recipe, fitted, forecast = fit(whole, predict, longest=longest, free_tokens=free_tokens)
-    fitted = [*fewer, *fitted]
+    fitted = [*fewer_streams, *fitted]
     if not forecast.fits and can_split:
         needed = f"a whole model on each device would need {gib(forecast.memory.total)} of {gib(device.room)}"
         choice = Choice("shard", True, f"{needed}: the layers' weights are split over {size}")
@@ -335,17 +335,12 @@ def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
     return num_bytes
 
 
-def _notes_on_training(recipe: Recipe, facts: Facts) -> list[str]:
-    rate = rate_notes(recipe.method, recipe.optim, TASKS[resolved(recipe.task)], facts)
-    return [*rate, *notes_on_repeats(recipe.train, facts)]
-
-
 def notes_on_repeats(train: Train, facts: Facts) -> list[str]:
     """A note where few rows are trained so often that a model knows them by heart."""
     rows, rows_per_step = len(facts.lengths_I), resolved(train.rows_per_step)
     steps = total_steps(train, facts.steps_per_epoch(rows_per_step))
     times = steps * min(rows_per_step, rows) // rows
-    if rows >= FEW_ROWS or times < MANY_TIMES:
+    if rows >= FEW_TRAIN_ROWS or times < MANY_TIMES:
         return []
     which = "1 training row is" if rows == 1 else f"{rows} training rows are"
     return [
@@ -488,7 +483,7 @@ def rows_per_epoch(rows: Splits, seed: int) -> int:
 
 
 def _weights(rows: Splits) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
-    """How often an epoch takes each training row, and the number of its source where sources have shares."""
+    """Times that an epoch takes each training row, and the number of its source where sources have shares."""
     file_I = rows.store.file_index[rows.train_rows]
     sources_I = source_ids(rows.data)[file_I] if rows.data.mix == "shares" else None
     return times_per_epoch(rows.data, rows.trained_per_file)[file_I], sources_I

@@ -13,14 +13,14 @@ from tunesmith.data.formats.turns import check_order, parts_of, tools_of, withou
 from tunesmith.data.problems import RowProblems, names
 from tunesmith.types import Example, JsonObject, Part, Problem, Record, Source
 
-OTHER_NAMES = ("question", "query", "problem", "instruction", "input")
+PROMPT_NAMES = ("question", "query", "problem", "instruction", "input")
 """Usual names of the prompt; where a row has two of them, nobody knows which the model answers."""
 
 
 def prompt_field(record: Record) -> str | None:
     """The field with the prompt: prompt, messages, or the only one that a row has of the usual other names."""
     named = [name for name in ("prompt", "messages") if record.get(name) is not None]
-    other = [name for name in OTHER_NAMES if record.get(name) is not None]
+    other = [name for name in PROMPT_NAMES if record.get(name) is not None]
     return named[0] if named else other[0] if len(other) == 1 else None
 
 
