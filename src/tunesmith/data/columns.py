@@ -300,8 +300,10 @@ def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapp
     takes = ", or ".join(map(" and ".join, wanted))
     if not suggested and (nested := next((name for name, value in record.items() if isinstance(value, dict)), None)):
         suggested = f"{nested!r} is an object: write its texts as fields of the row."
-    if not suggested and (rows := next((name for name, value in record.items() if _are_rows(value)), None)):
-        suggested = f"{rows!r} is a list of objects: if they are the rows, give a file of that list alone."
+    lists = {name: value for name, value in record.items() if isinstance(value, list) and len(value) > 1}
+    of_objects = [name for name in lists if all(isinstance(entry, dict) for entry in lists[name][:MOST_COLUMNS])]
+    if not suggested and of_objects:
+        suggested = f"{of_objects[0]!r} is a list of objects: if they are the rows, give a file of that list alone."
     fields = ", ".join(f"{ours}: ..." for ours in (wanted[-1] if task else ("prompt", "completion")))
     takes = f"A row has {takes}; name yours by --set 'data.columns={{{fields}}}'."
     return "unknown_shape", message, suggested or takes
@@ -310,10 +312,6 @@ def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapp
 def _is_prose(value: Any) -> bool:
     """Whether a value is a text, and not a list in JSON, as a cell of a table may be."""
     return isinstance(value, str) and not value.lstrip().startswith("[")
-
-
-def _are_rows(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(one, dict) for one in value[:MOST_COLUMNS])
 
 
 @lru_cache(maxsize=1)  # rows of a file mostly have the same fields

@@ -65,7 +65,7 @@ def _by_length(sides: Record) -> Plot:
         for (name, points), color in zip(sides.items(), (MUTED, ACCENT), strict=True):
             tokens_rewards = np.array(points, np.float64)
             axes.scatter(tokens_rewards[:, 0], tokens_rewards[:, 1], s=9, color=color, alpha=0.5, label=name)
-        axes.set(xlabel="tokens of an answer", ylabel="reward")
+        axes.set(xlabel="tokens of an answer", ylabel="reward of an answer")
         axes.legend()
 
     return draw("lengths", "Reward by length", "Of answers to held-out prompts, before and after.", paint)
