@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 
 WARM_UP = 3
 """First steps that do not count."""

@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tunesmith.environment import prepare_environment
+from tunesmith.environment.settings import prepare_environment
 
 if __name__ == "__main__":  # before torch is imported, and only where this process is the command's own
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import sqlalchemy as sa
 
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.jobs import tables
 from tunesmith.jobs.names import derived_id
 from tunesmith.jobs.store import Store, event

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import machine, run_child, versions
-from tunesmith.environment import prepare_environment
+from tunesmith.environment.settings import prepare_environment
 
 SPREAD, PROBE_SPREAD = 0.5, 0.3
 """Of `tunesmith.planning.forecast` and `tunesmith.training.probe`, which import torch."""

@@ -56,7 +56,7 @@ def add_step(verbs: Any) -> None:
 
 
 def _step(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from tunesmith.environment import prepare_environment
+    from tunesmith.environment.settings import prepare_environment
 
     prepare_environment(os.environ)
     print(f"{machine()['processor']}, {options.threads} threads, kernels: {options.kernels}", flush=True)
@@ -108,7 +108,7 @@ def _measure(options: argparse.Namespace, method: str, root: Path) -> None:
 
 def _limit(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Print the middle share of the run's steps after the first half, ten at most."""
-    from tunesmith.environment import prepare_environment
+    from tunesmith.environment.settings import prepare_environment
 
     prepare_environment(os.environ)
     import torch

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.sender import tracked
 from tunesmith.types import Event

@@ -14,14 +14,9 @@ from typer.testing import CliRunner
 import tunesmith
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
-from tunesmith.environment import (
-    HEAP_KEPT_FREE,
-    SHAPE_CACHE_SIZE,
-    for_child,
-    in_force,
-    prepare_environment,
-    refuse_ranks,
-)
+from tunesmith.environment.children import for_child
+from tunesmith.environment.process import refuse_ranks
+from tunesmith.environment.settings import HEAP_KEPT_FREE, SHAPE_CACHE_SIZE, in_force, prepare_environment
 from tunesmith.errors import InputError, Stopped
 from tunesmith.training.trainer import Listener, train
 
@@ -125,7 +120,7 @@ def test_a_launcher_of_one_process_is_no_obstacle(ranks: str) -> None:
 
 FREED = """
 import resource, sys
-from tunesmith.environment import prepare_environment
+from tunesmith.environment.settings import prepare_environment
 if sys.argv[1] == "set":
     prepare_environment({})
 import torch
@@ -162,7 +157,7 @@ def test_without_settings_all_pages_are_cleared_each_time() -> None:
 
 FREED_ELSEWHERE = """
 import os, threading
-from tunesmith.environment import prepare_environment
+from tunesmith.environment.settings import prepare_environment
 prepare_environment(os.environ)
 
 def held():  # MiB

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.cli.doctor import EXTRAS
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def required() -> list[str]:
 def test_the_command_names_the_packages_and_this_python(
     extra: str, packages: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.environment.requires", lambda name: required())
+    monkeypatch.setattr("tunesmith.environment.packages.requires", lambda name: required())
     python, *words = shlex.split(install_command(extra))
     assert python == sys.executable
     assert words[:3] == ["-m", "pip", "install"]
@@ -45,7 +45,7 @@ def test_doctor_lists_every_extra_for_users() -> None:
 
 
 def test_without_an_installed_tunesmith_the_command_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.environment.requires", lambda name: None)
+    monkeypatch.setattr("tunesmith.environment.packages.requires", lambda name: None)
     assert install_command("serve") == f"{shlex.quote(sys.executable)} -m pip install '.[serve]'"
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import fresh
+import tunesmith
 from tiny_run import chats, model_folder
-from tunesmith import environment
-from tunesmith.environment import DROP_FOLDER, for_child, python_words, spawning
+from tunesmith.environment import children
+from tunesmith.environment.children import DROP_FOLDER, for_child, python_words, spawning
 from tunesmith.parallel import cluster
 
 PACKAGES = [
@@ -89,7 +90,7 @@ def test_a_module_of_ours_runs_nothing_of_the_folder(tmp_path: Path, module: str
 
 
 def test_python_that_knows_no_safe_path_is_given_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment.sys, "version_info", (3, 10, 0))
+    monkeypatch.setattr(children.sys, "version_info", (3, 10, 0))
     words = python_words("tunesmith")
     monkeypatch.undo()
     child = {name: value for name, value in for_child().items() if name != "PYTHONSAFEPATH"}
@@ -101,7 +102,7 @@ def test_python_that_knows_no_safe_path_is_given_another_way(tmp_path: Path, mon
 
 SPAWNS = """
 import multiprocessing, os, sys
-from tunesmith.environment import spawning
+from tunesmith.environment.children import spawning
 os.environ.pop("PYTHONSAFEPATH", None)
 if __name__ == "__main__":
     with {block}:
@@ -167,15 +168,21 @@ def test_spawning_leaves_multiprocessing_as_it_was() -> None:
 
 
 def test_no_child_is_started_in_another_way() -> None:
-    source = Path(environment.__file__).parent
+    source = Path(tunesmith.__file__).parent
     names = {
         path.relative_to(source).as_posix()
         for path in source.rglob("*.py")
         if "sys.executable" in path.read_text("utf-8")
     }
-    # `environment` starts them; the others print the path for a person, or look whether there is one.
-    printing = {"phrases.py", "cli/doctor.py", "trackers/libraries.py", "data/template_trial.py"}
-    assert names == {"environment.py", *printing}
+    # `children` starts them; the others print the path for a person, or look whether there is one.
+    printing = {
+        "phrases.py",
+        "environment/packages.py",
+        "cli/doctor.py",
+        "trackers/libraries.py",
+        "data/template_trial.py",
+    }
+    assert names == {"environment/children.py", *printing}
 
 
 def test_check_of_rows_in_two_processes(place: Path) -> None:

@@ -26,7 +26,7 @@ WARM_UP, LOOKS = 2, 2
 def turn(job: dict[str, Any]) -> dict[str, Any]:
     """RESULT.json: {"seconds" of all answers of so many tokens, by their number, "ids": prompt and answer of each,
     "measuring": seconds of measuring the rows without answers}."""
-    from tunesmith.environment import prepare_environment
+    from tunesmith.environment.settings import prepare_environment
     from tunesmith.recipe.load import validate
     from tunesmith.training.setup import prepare
 

@@ -70,7 +70,7 @@ def _answers(loaded: Any, prompts: Sequence[Sequence[int]], num: int, most: int)
     """`num` answers of a model to each prompt, drawn with the same random numbers for every model."""
     from tunesmith.generation.draws import Draw, draw_answers, drawing
 
-    how = Draw.of(loaded.renderer, num=num, temperature=1.0, max_new_tokens=most, streams=32)
+    how = Draw(renderer=loaded.renderer, num=num, temperature=1.0, max_new_tokens=most, streams=32)
     with drawing(loaded.model) as decoder:
         return draw_answers(decoder, prompts, list(range(len(prompts))), how)
 

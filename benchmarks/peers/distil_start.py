@@ -123,7 +123,7 @@ def _drawn(job: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -> dic
     from tunesmith.types import Source
 
     loaded = load_any(job["teacher"], root=Path("runs"), offline=True)
-    how = Draw.of(loaded.renderer, num=1, temperature=1.0, max_new_tokens=job["max_new_tokens"], streams=32)
+    how = Draw(renderer=loaded.renderer, num=1, temperature=1.0, max_new_tokens=job["max_new_tokens"], streams=32)
     texts, first = {}, 0
     with drawing(loaded.model) as decoder:
         for side, of_side in records.items():

@@ -15,7 +15,7 @@ from given_rows import run
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """RESULT.json: {"run": its folder, "seconds" and "losses" of each step}."""
-    from tunesmith.environment import prepare_environment
+    from tunesmith.environment.settings import prepare_environment
     from tunesmith.training import trainer
 
     prepare_environment(os.environ)

@@ -12,7 +12,7 @@ from typing import Any
 
 from given_rows import run
 
-from tunesmith.environment import prepare_environment
+from tunesmith.environment.settings import prepare_environment
 
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:

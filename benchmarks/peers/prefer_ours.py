@@ -13,7 +13,7 @@ from typing import Any
 from given_rows import run
 from prefer_start import recipe_of
 
-from tunesmith.environment import prepare_environment
+from tunesmith.environment.settings import prepare_environment
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     loaded, held = load_model(job["base"]), job["held_out_rows"]
     model, adapters = loaded.model, AdapterSet(loaded.model)
-    how = Draw.of(loaded.renderer, num=SAMPLES, temperature=1.0, max_new_tokens=job["max_new_tokens"], streams=32)
+    how = Draw(renderer=loaded.renderer, num=SAMPLES, temperature=1.0, max_new_tokens=job["max_new_tokens"], streams=32)
 
     def results(folder: str | None, pool: Pool) -> list[dict[str, Any]]:
         """Of the adapter in a folder; None: of the untouched model."""

@@ -15,7 +15,7 @@ from typing import Any
 from given_rows import run
 from reinforce_start import recipe_of, save_base
 
-from tunesmith.environment import prepare_environment
+from tunesmith.environment.settings import prepare_environment
 
 STEPS_BEFORE, MOVED = 2, 0.3
 """Steps that move the adapter before the losses are compared, and how far π_old is from the learner, in nats."""

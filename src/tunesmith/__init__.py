@@ -17,7 +17,7 @@ if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.version import __version__ as __version__
+from tunesmith.environment.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tunesmith.api import evaluate, load, predict, resume, train

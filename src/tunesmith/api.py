@@ -302,8 +302,10 @@ def _problems_named() -> Iterator[None]:
             for first, *rest in alike.values()
             if first not in str(error)
         ]
-        more = [f"... and {len(listed) - MOST_PROBLEMS:,} more: see .problems"] if len(listed) > MOST_PROBLEMS else []
-        text = "\n".join([str(error), *listed[:MOST_PROBLEMS], *more])
+        lines = [str(error), *listed[:MOST_PROBLEMS]]
+        if len(listed) > MOST_PROBLEMS:
+            lines.append(f"... and {len(listed) - MOST_PROBLEMS:,} more: see .problems")
+        text = "\n".join(lines)
         raise DataError(_as_python(text), error.problems) from None
 
 

@@ -14,6 +14,8 @@ from heapq import nlargest
 from itertools import islice
 from pathlib import Path
 
+_DIGEST = re.compile(r"\A([0-9a-f]{12})[0-9a-f]{29,}\Z")
+
 
 def duration(seconds: float, unit: str = "") -> str:
     """A time span: 42 s, 3:05 min, 2:10:00 h; in `unit` or a larger one."""
@@ -95,6 +97,14 @@ def listed(names: Iterable[object], most: int = 6) -> str:
     """The first names, and how many there are beyond them: a, b, c and 4 more."""
     texts = list(map(str, names))
     return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
+
+
+def changes(then: Mapping[str, str], now: Mapping[str, str], words: str = "{} was {}, is {}") -> list[str]:
+    """A phrase for each key whose value differs: `words` with the key, its value then and its value now. Of a
+    digest the first characters are shown."""
+    keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    shown = [[_DIGEST.sub(r"\1…", side.get(key, "absent")) for side in (then, now)] for key in keys]
+    return [words.format(key, *values) for key, values in zip(keys, shown, strict=True)]
 
 
 def command(*words: object) -> str:

@@ -238,7 +238,7 @@ def test_eval_does_not_write_over_its_data(run: Run, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(before := Path(held_out(run)).read_bytes())
     result = tunesmith("eval", run.path, rows, "--out", tmp_path / "." / "rows.jsonl", "--offline", code=2)
-    assert "is the data itself" in result.stderr
+    assert "is the data file itself" in result.stderr
     assert rows.read_bytes() == before
 
 
@@ -425,7 +425,7 @@ def test_compare_counts_documents_and_says_which_losses_compare(tmp_path: Path) 
     a, b = (fake_run(tmp_path / name, [window(n)] * 3) for name, n in (("a", 4), ("b", 5)))
     lines = tunesmith("compare", a, b).stdout.splitlines()
     assert lines[0] == "1 document in common"
-    assert lines[2].endswith("token accuracy do not compare; bits per byte do")
+    assert lines[2].endswith("token accuracy cannot be compared; bits per byte can")
     bits = next(line for line in lines if line.startswith("bits per byte\t"))
     assert bits.startswith(f"bits per byte\t{4 / 9 / math.log(2):.4f}\t{4 / 9 / math.log(2):.4f}\tthe same")
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from evaluation.fake_runs import as_graded, fake_run
 from tunesmith.cli.app import app
 from tunesmith.cli.render import answers_table
-from tunesmith.cli.runs import _measures
+from tunesmith.cli.runs import _measures, training_curve
 from tunesmith.evaluation import report
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.folder import Run
@@ -115,6 +115,19 @@ def test_training_loss_is_a_mean_of_several_steps_at_both_ends(tmp_path: Path) -
     steps = [Event("step", i, 0.0, {"loss": float(i % 2) + (i <= 20), "lr": 1e-3}) for i in range(1, 41)]
     text = shown_with(tmp_path, steps)
     assert "training loss 1.5000 → 0.5000: means of the first and the last 10 of 40 steps" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "curve"),
+    [
+        ([2.0], "2.0000 in 1 step"),
+        ([3.0, 1.0], "3.0000 → 1.0000: the first and the last of 2 steps"),
+        ([3.0, 2.0, 1.0], "3.0000 → 1.0000: the first and the last of 3 steps"),
+        ([4.0, 3.0, 9.0, 2.0, 1.0], "3.5000 → 1.5000: means of the first and the last 2 of 5 steps"),
+    ],
+)
+def test_the_first_and_the_last_steps_share_none(values: list[float], curve: str) -> None:
+    assert training_curve(values, len(values)) == curve
 
 
 def test_run_that_was_killed_shows_what_was_measured_before_its_first_step(tmp_path: Path) -> None:

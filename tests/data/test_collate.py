@@ -85,11 +85,11 @@ LONG = row([2, *(5 + i % 100 for i in range(20_000)), 3], [0, *[1] * 20_000, 0])
 
 
 @settings(max_examples=50, deadline=None)
-@given(length=st.integers(1, 60), draw=st.integers(0, 10), index=st.integers(0, 1000), data=st.data())
-def test_exactly_as_many_tokens_are_learnt_as_are_counted(length: int, draw: int, index: int, data: Any) -> None:
+@given(length=st.integers(1, 60), step=st.integers(0, 10), index=st.integers(0, 1000), data=st.data())
+def test_exactly_as_many_tokens_are_learnt_as_are_counted(length: int, step: int, index: int, data: Any) -> None:
     num = data.draw(st.integers(1, length))
     whole = row([2, *range(10, 10 + length), 3], [0, *[1] * length, 0])
-    masked = masking().apply(whole, num=num, draw=draw, index=index)
+    masked = masking().apply(whole, num=num, step=step, index=index)
     assert int(masked.trained.sum()) == num
     assert not (masked.trained & ~whole.trained).any()
     assert masked.labels.tolist() == whole.ids[masked.trained].tolist()
@@ -97,7 +97,7 @@ def test_exactly_as_many_tokens_are_learnt_as_are_counted(length: int, draw: int
 
 
 def test_four_fifths_are_hidden_a_tenth_is_another_and_a_tenth_itself() -> None:
-    masked = masking().apply(LONG, num=10_000, draw=1, index=0)
+    masked = masking().apply(LONG, num=10_000, step=1, index=0)
     shown, truth = masked.ids[masked.trained], LONG.ids[masked.trained]
     hidden, kept = (shown == BERT.mask_token_id).mean(), (shown == truth).mean()
     # 10,000 draws: four standard deviations are 0.016 and 0.012; a random token is the true one in a few hundred
@@ -108,14 +108,14 @@ def test_four_fifths_are_hidden_a_tenth_is_another_and_a_tenth_itself() -> None:
     assert len(set(others.tolist())) > 100
 
 
-def test_masks_follow_from_seed_draw_and_row_alone() -> None:
+def test_masks_follow_from_seed_step_and_row_alone() -> None:
     def places(**options: Any) -> list[int]:
-        asked = {"seed": 3, "draw": 1, "index": 0, **options}
+        asked = {"seed": 3, "step": 1, "index": 0, **options}
         made = masking(seed=asked.pop("seed")).apply(LONG, num=50, **asked)
         return [*made.trained.nonzero()[0].tolist(), *made.ids[made.trained].tolist()]
 
     assert places() == places()
-    assert len({str(places(**options)) for options in ({}, {"seed": 4}, {"draw": 2}, {"index": 1})}) == 4
+    assert len({str(places(**options)) for options in ({}, {"seed": 4}, {"step": 2}, {"index": 1})}) == 4
 
 
 def store_of(path: Path, text: str, **options: Any) -> RowStore:
@@ -150,11 +150,11 @@ def test_a_collator_masks_what_the_store_counts_for_any_grouping_of_rows(tmp_pat
     store = store_of(tmp_path / "rows", text, task=TASKS["text"])
     made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
     assert store.denominators.tolist() == [max(1, round(0.3 * int(n))) for n in store.targets]
-    together = made.batch(range(len(store)), draw=5)
+    together = made.batch(range(len(store)), step=5)
     assert together.row_of_N.bincount().tolist() == store.denominators.tolist()
-    alone = [made.batch([i], draw=5) for i in range(len(store))]
+    alone = [made.batch([i], step=5) for i in range(len(store))]
     assert torch.cat([batch.targets_N for batch in alone]).tolist() == together.targets_N.tolist()
-    assert made.batch([0], draw=6).ids_BT.tolist() != made.batch([0], draw=5).ids_BT.tolist()
+    assert made.batch([0], step=6).ids_BT.tolist() != made.batch([0], step=5).ids_BT.tolist()
 
 
 def held_out_masks_follow_from_what_rows_say(folder: Path) -> None:
@@ -165,7 +165,7 @@ def held_out_masks_follow_from_what_rows_say(folder: Path) -> None:
         made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
         rows = [i for i in range(len(store)) if store.hashes[i] == store.hashes[0 if name == "one" else -1]]
         assert len(rows) > 1
-        masks.append([made.batch([i], draw=0).ids_BT.tolist() for i in rows])
+        masks.append([made.batch([i], step=0).ids_BT.tolist() for i in rows])
     assert masks[0] == masks[1] == masks[2]
 
 
@@ -183,9 +183,9 @@ def test_masks_by_place_in_the_file_would_be_seen(tmp_path: Path, monkeypatch: p
 def assert_copies_teach_different_words(copies: tuple[int, ...], tmp_path: Path) -> None:
     store = store_of(tmp_path / "rows", '{"text": "the quick brown fox jumps over the lazy dog"}\n', task=TASKS["text"])
     made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
-    together = made.batch([0, 0, 0, 0], draw=5, copies=copies)
+    together = made.batch([0, 0, 0, 0], step=5, copies=copies)
     assert len({str(line) for line in together.ids_BT.tolist()}) > 1
-    alone = [made.batch([0], draw=5, copies=[copy]).targets_N for copy in copies]  # whichever pass they are in
+    alone = [made.batch([0], step=5, copies=[copy]).targets_N for copy in copies]  # whichever pass they are in
     assert torch.cat(alone).tolist() == together.targets_N.tolist()
 
 

@@ -103,6 +103,19 @@ def test_marks_of_rows_that_are_shown_are_what_is_trained(tmp_path: Path, family
         assert "".join(text for text, _ in row["spans"]) == renderer.tokenizer.decode(store.row(index).ids.tolist())
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("name", ["stem", "prompt"])  # of no shape; a prompt whose completion is missing
+def test_rows_that_cannot_be_used_are_shown_as_they_are(tmp_path: Path, name: str, suffix: str) -> None:
+    """A person who has to name the columns has to see them."""
+    rows = [{name: f"Stem {i}?", "key": "yes"} for i in range(4)]
+    table = [f"{name},key", *(f"{row[name]},{row['key']}" for row in rows)]
+    lines = table if suffix == "csv" else [json.dumps(row) for row in rows]
+    first = 2 if suffix == "csv" else 1
+    shown = rows_as_read(Data(train=(write(tmp_path / f"a.{suffix}", *lines),)), None, None, first + 1, first + 2)
+    assert [row["line"] for row in shown] == [first + 1, first + 2]
+    assert shown[0]["spans"] == [(f"{name}: Stem 1?\n", False), ("key: yes\n", False)]
+
+
 def test_rows_are_encoded_once(tmp_path: Path, files: list[DataFile], monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = make(tmp_path / "rows", *files)
     renderer = make_renderer()

@@ -20,7 +20,7 @@ from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import encode as encode_module
 from tunesmith.data.dataset import RowStore, arrow_path, build
 from tunesmith.data.renderer import Renderer
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.errors import DataError, ModelError, TunesmithError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS

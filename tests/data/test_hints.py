@@ -280,6 +280,19 @@ def test_a_task_that_is_given_gets_hints_of_its_own() -> None:
     assert meanings(rows, "tag") == []
 
 
+def test_a_teacher_teaches_the_answers_that_a_chat_would_learn() -> None:
+    rows = table(question=words(), answer=words(8))
+    assert usual_meaning(rows, "distil") == usual_meaning(rows, "chat")
+    assert [str(one) for one in meanings(rows, "distil")] == [str(one) for one in meanings(rows, "chat")]
+
+
+def test_short_answers_that_differ_may_be_learnt_from_many_rows() -> None:
+    """Sixty questions, each with a name for an answer: what they teach is not the questions alone."""
+    rows = table(stem=words(), gold=lambda i: f"Ann {chr(97 + i % 26)}{i}q", author=lambda i: f"Bo {i}x")
+    assert values_of(rows)["gold"] == "name"
+    assert meanings(rows, None)[0].columns == {"prompt": "stem", "completion": "gold"}
+
+
 def test_all_that_is_read_of_a_row_is_shown(tmp_path: Path) -> None:
     rows = [{"query": "red", "documents": ["a rose", "the sky"], "labels": [1, 0]}]
     path = put(tmp_path, "rank.jsonl", json_lines(rows))

@@ -7,7 +7,7 @@ import pytest
 
 from evaluation.fake_runs import fake_run
 from tunesmith.evaluation.report import write_report
-from tunesmith.evaluation.report.advice import MOST_TRIED, next_command, try_next
+from tunesmith.evaluation.report.advice import MOST_TRIED, Advice, next_command, try_next
 from tunesmith.recipe.load import validate
 
 
@@ -35,8 +35,14 @@ def course_of(*losses: float, **measures: list[float]) -> list[tuple[int, dict[s
     return [(30 * i, {"loss": loss, "measures": named[i]}) for i, loss in enumerate(losses)]
 
 
+def advices(report: dict[str, Any], recipe: Any = None, course: Any = ()) -> list[Advice]:
+    recipe = recipe or recipe_of()
+    has_eval = bool(recipe.data.eval)
+    return try_next(report, list(course), optim=recipe.optim, train=recipe.train, has_eval=has_eval)
+
+
 def settings(report: dict[str, Any], recipe: Any = None, course: Any = ()) -> list[str]:
-    return [one for advice in try_next(report, recipe or recipe_of(), list(course)) for one in advice.settings]
+    return [setting for advice in advices(report, recipe, course) for setting in advice.settings]
 
 
 def test_a_good_run_gets_no_advice() -> None:
@@ -63,11 +69,11 @@ def test_a_rare_class_that_is_never_right_is_to_count_more() -> None:
         for name, num, recall in (("good", 90, 1.0), ("neutral", 6, 0.0), ("bad", 60, 0.8))
     ]
     report = report_of(details={"after": {"per_class": per_class, "labels": ["good", "neutral", "bad"]}})
-    [advice] = try_next(report, recipe_of(), [])
+    [advice] = advices(report)
     assert advice.settings == ("train.class_weights=balanced",)
     assert "neutral" in advice.why
     assert "never right" in advice.why
-    assert try_next({**report, "class_weights": "balanced"}, recipe_of(), []) == []
+    assert advices({**report, "class_weights": "balanced"}) == []
 
 
 @pytest.mark.parametrize(

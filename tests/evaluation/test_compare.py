@@ -228,4 +228,4 @@ def test_losses_of_tags_with_other_weights_are_not_compared():
     a = [told("1", tags=["N", "V"], predicted=["N", "N"])]
     found = compare_rows(a, [{**a[0], "count": 4.0}])
     assert "loss" not in found.metrics
-    assert "so the losses do not compare" in found.loss_note
+    assert "so the losses cannot be compared" in found.loss_note

@@ -50,6 +50,7 @@ def test_pass_k_is_the_share_of_subsets_with_a_right_answer(num, right):
     assert measures["pass_1"]["value"] == pytest.approx((right / num + 1 / 3) / 2)
     assert measures["reward"]["value"] == pytest.approx(-measures["loss"]["value"])
     assert sum(details["rewards"]["counts"]) == num + 3
+    assert details["lengths"] == [[4, reward] for reward in (*answers, 0.0, 0.0, 1.0)]
 
 
 def test_pass_k_has_one_k_whatever_failed():
@@ -97,6 +98,7 @@ def measures(**values):
         ({"repeated": 0.3}, "30 % of the answers repeat themselves"),
         ({"alike": 0.8}, "80 % of the answers equal another one"),
         ({"ended": 0.9}, "90 % of the answers end by themselves"),
+        ({"nats_away": 12.4}, "an answer is 12 nats away from the untouched model"),
     ],
 )
 def test_a_reward_that_rose_by_something_else_is_noted(after, words):
@@ -105,7 +107,17 @@ def test_a_reward_that_rose_by_something_else_is_noted(after, words):
 
 
 def test_a_reward_that_rose_by_better_answers_is_not_noted():
-    assert list(graded_notes(measures(), measures(reward=0.9, answer_tokens=22.0, ended=0.97))) == []
+    good = measures(reward=0.9, answer_tokens=22.0, ended=0.97, nats_away=9.0)
+    assert list(graded_notes(measures(nats_away=0.0), good)) == []
+
+
+def test_the_distance_from_the_untouched_model_is_a_mean_over_prompts():
+    near = graded_result(1, [answer(0.0), answer(1.0)], 1.0, [1.0, 2.0])
+    far = graded_result(2, [answer(0.0), answer(1.0)], 1.0, [3.0, 5.0])
+    assert near is not None
+    assert far is not None
+    assert score([near, far])[0]["nats_away"]["value"] == pytest.approx(2.75)
+    assert "nats_away" not in score([near, row(2, 0.0, 1.0)])[0]
 
 
 def test_a_number_that_one_side_has_alone_is_not_compared():

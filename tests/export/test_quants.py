@@ -13,7 +13,7 @@ import fresh
 from export.exports import of_architecture, quick
 from faults import limited_files
 from often import often
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import ExportError, ModelError, StorageError
 from tunesmith.export import gguf as gguf_module
 from tunesmith.export import llama_cpp, verify

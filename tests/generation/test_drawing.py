@@ -1,7 +1,10 @@
 """Answers are drawn from the distribution that learns them, with the ids that the model was fed."""
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +30,9 @@ TOLERANCE = 1e-4
 """Of log-probabilities in float32: two orders of the same sums."""
 
 
-def how(**changes) -> Draw:
-    usual = Draw(
-        tokenizer=TOKENIZER, stop_ids=frozenset({END}), num=4, temperature=1.0, max_new_tokens=12, streams=16,
-    )  # fmt: skip
+def how(*, stop_ids: Collection[int] = (END,), **changes) -> Draw:
+    renderer: Any = SimpleNamespace(tokenizer=TOKENIZER, stop_ids=stop_ids)
+    usual = Draw(renderer=renderer, num=4, temperature=1.0, max_new_tokens=12, streams=16)
     return replace(usual, **changes)
 
 
@@ -68,13 +70,21 @@ def test_a_row_of_logits_that_are_no_numbers_fails_alone():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("arch", often(FAMILIES, "llama", "gemma2", "qwen3_moe"))
-def test_log_probabilities_are_those_of_the_model_on_the_text_alone(arch, temperature):  # trap: G2, G5
+def test_log_probabilities_are_those_of_the_model_on_the_text_alone(arch, temperature):  # trap: G2, G5, G27
     model = tiny_model(arch, vocab_size=VOCAB, initializer_range=0.3).eval()
     refuse_undrawable(arch, model)
     for prompt, group in zip(PROMPTS, drawn(model, temperature=temperature), strict=True):
         for answer in group:
             expected = learnt(model, prompt, answer, temperature)
             assert torch.allclose(torch.tensor(answer.logps), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_the_comparison_catches_what_lies_before_a_prompt():  # trap: G27 planted: padding is read
+    model = tiny_model("llama", vocab_size=VOCAB, initializer_range=0.3).eval()
+    answer = drawn(model)[0][0]
+    padded = learnt(model, [END, END, *PROMPTS[0]], answer, 1.0)
+    with pytest.raises(AssertionError):
+        assert torch.allclose(torch.tensor(answer.logps), padded, atol=TOLERANCE, rtol=0)
 
 
 def test_the_comparison_catches_another_temperature_and_a_shift():  # trap: G2, G5 planted
@@ -155,7 +165,7 @@ def test_every_token_that_ends_an_answer_ends_it_and_is_kept():  # trap: G8
         assert all(token not in ends for answer in others for token in answer.ids[:-1])
 
 
-def test_answers_follow_from_their_seed_whatever_else_is_drawn():
+def test_answers_follow_from_their_seed_whatever_else_is_drawn():  # trap: G27
     model = tiny_model("llama", vocab_size=VOCAB, initializer_range=0.3).eval()
     all_of_them = drawn(model)
     assert [drawn(model, [prompt], [seed])[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)] != []

@@ -1,6 +1,7 @@
 """Code of graders runs apart: whatever it does, the grade has no reward at worst, and nothing of it stays."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,33 @@ def test_usual_slips_are_named_with_their_way_out(tmp_path: Path) -> None:
     assert "^" not in misses.error, "no marks below lines that are printed as one"
     assert "None, as a function does that ends without return" in none.error
     assert opens.error.endswith("find files next to its own by Path(__file__).parent.")
+
+
+SLIPS = """
+import json
+
+KNOWN = {"MIT": 1.0}
+
+def grade(sample, item):
+    if sample["output_text"] == "attribute":
+        return item.answer
+    if sample["output_text"] == "table":
+        return KNOWN[item["answer"]]
+    if sample["output_text"] == "import":
+        import no_such_package
+    return float(json.loads(sample["output_text"]) == item["answer"])
+"""
+
+
+def test_slips_with_answers_and_packages_end_in_their_way_out(tmp_path: Path) -> None:
+    texts = ("attribute", "table", "import", "no JSON")
+    attribute, table, package, no_json = grades(function_in(tmp_path, SLIPS), *texts, item={"answer": "BSD"})
+    assert attribute.error.endswith("sample and item are dicts: write ['answer'] in place of .answer.")
+    assert table.error.endswith("KeyError: 'BSD'"), "it is a value of the row, and no field that the row lacks"
+    assert package.error.endswith(f"install the package with {sys.executable} -m pip.")
+    assert 'return float(json.loads(sample["output_text"]) == item["answer"])' in no_json.error
+    assert "raw_decode" not in no_json.error, "lines of a library hide the line that called it"
+    assert no_json.error.endswith('return 0.0 for it. sample["output_json"] is None then.')
 
 
 def test_packages_of_an_environment_next_to_a_grader_are_not_its_own(
@@ -268,6 +296,19 @@ def test_a_python_grader_has_no_network_where_the_system_allows_that() -> None:
     with Pool(schema.from_value({"type": "python", "source": source})) as pool:
         [num] = [pool.submit(Answer("x"), {}).result().reward]
         assert not pool.children[""].offline or num == 1  # loopback, which is down
+
+
+def test_code_that_keeps_its_network_is_named(tmp_path: Path) -> None:
+    theirs, ours = (
+        {"type": "python", "source": "def grade(s, i): return 1"},
+        function_in(tmp_path, "def grade(s, i): ..."),
+    )
+    for grader, is_told in ((schema.from_value(theirs), True), (ours, False)):
+        with Pool(grader, at_once=1) as pool:
+            pool.children[""].offline = True
+            assert pool.notes == []
+            pool.children[""].offline = False
+            assert [note.endswith("so the grader's code has one") for note in pool.notes] == [True] * is_told
 
 
 def test_a_process_that_says_nothing_is_ended(tmp_path: Path) -> None:

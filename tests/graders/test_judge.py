@@ -130,6 +130,8 @@ def test_a_busy_judge_is_asked_again_when_it_says(stub: Stub) -> None:
         ((500, {}, "oops"), "unreachable", 3),
         ((401, {}, '{"error": {"message": "no key"}}'), "unreachable", 1),
         ((200, {}, "not json"), "unreadable", 1),
+        ((200, {}, "[" * 100_000), "unreadable", 1),
+        ((500, {}, "[" * 100_000), "unreachable", 3),
         ((200, {}, {"choices": []}), "unreadable", 1),
         ("I would say 7 of 10", "unreadable", 1),
         ('{"result": "high"}', "unreadable", 1),
@@ -145,8 +147,15 @@ def test_what_is_no_number_is_no_reward(stub: Stub, reply: Any, kind: str, times
     assert (error.value.kind, len(stub.asked)) == (kind, times)
 
 
-def test_a_reply_that_drips_ends_with_its_seconds(stub: Stub) -> None:
-    stub.replies = [(200, {"X-Drips": "1"}, {"choices": [{"message": {"content": '{"result": 1}'}}]})]
+def test_a_judge_that_wants_to_be_left_alone_for_long_is_named(stub: Stub) -> None:
+    stub.replies = [(429, {"Retry-After": "3600"}, "")]
+    with pytest.raises(GradeError, match="after 1 try; it wants to be left for 3,600 s"):
+        ask(stub.grader())
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_reply_that_drips_ends_with_its_seconds(stub: Stub, status: int) -> None:
+    stub.replies = [(status, {"X-Drips": "1"}, {"choices": [{"message": {"content": '{"result": 1}'}}]})]
     begun = time.monotonic()
     with pytest.raises(GradeError) as error:
         ask(stub.grader(seconds=0.3))

@@ -9,11 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tunesmith.cli.app import app
+from tunesmith.cli.grade import _keep
 from tunesmith.graders import trial
 from tunesmith.graders.grade import Answer, Grade
 from tunesmith.graders.prompts import Prompt, read_prompts
 from tunesmith.graders.trial import MODEL, Graded
 from tunesmith.graders.verdict import verdicts
+from tunesmith.recipe.schema import Data, DataFile
 
 ROWS = [
     {"prompt": "Is a cat an animal?", "answer": "yes"},
@@ -105,6 +107,24 @@ def test_failed_grades_are_counted_by_kind_with_their_line(rows: Path) -> None:
     }
 
 
+def test_a_trial_without_right_answers_praises_no_grader(tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": row["prompt"]} for row in ROWS])
+    said = grade(rows, "def grade(s, i):\n    return 1 - len(s['output_text']) / 99\n").stdout
+    assert "Nothing speaks against" not in said
+    assert "No row has a reference and no model has answered" in said
+    assert "An empty answer gets 1, the most of all" in said
+    assert "An empty answer" not in grade(rows, LONGER).stdout
+
+
+def test_scores_that_are_no_numbers_are_counted_with_their_first_line(rows: Path, tmp_path: Path) -> None:
+    source = "def grade(s, i):\n    return {'reward': float(s['output_text'] == i['answer']), 'style': None}\n"
+    page = tmp_path / "tried.html"
+    said = grade(rows, source, "--page", page).stdout
+    assert "score style is no finite number in 15 of 15 grades, the first of" in said
+    assert "rows.jsonl:1, an empty answer: None: left out of its mean" in said
+    assert "score style: no finite number, 15 times" in page.read_text()
+
+
 def test_a_grader_that_never_ends_is_refused_after_a_few_grades(rows: Path) -> None:
     endless = "def grade(sample, item):\n    while True: pass\n"
     function = {"type": "function", "file": "endless.py", "seconds": 0.2}
@@ -182,10 +202,34 @@ def test_rows_are_read_with_their_references(tmp_path: Path) -> None:
             {"messages": turns[:1]},
         ],
     )  # fmt: skip
-    found = read_prompts([str(file)])
+    found, _ = read_prompts(Data(train=(DataFile(path=str(file)),)))
     assert [one.reference and one.reference.text for one in found] == ["Hello", '{"a": 1}', "Hello", "4", None]
     assert {one.text for one in found} == {"Hi"}
     assert found[3].item == {"prompt": "Hi", "answer": 4, "other": [1]}
+
+
+def test_usual_names_of_prompt_and_answer_are_read_and_said(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"question": f"What is {i}?", "gold": str(i)} for i in range(4)])
+    output = grade(file, RIGHT | {"reference": "{{item.gold}}"}, code=0).output
+    assert "note: the prompt is read from 'question'" in output
+    assert "note: the right answer is read from 'gold'" in output
+    both = write(tmp_path / "both.jsonl", [{"question": "What?", "input": "Which?"}])
+    assert "neither prompt nor messages; there are 'question', 'input'" in grade(both, RIGHT, code=2).output
+
+
+def test_rows_are_read_as_set_says(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Grüße {i}?", "answer": f"ja {i}"} for i in range(6)]
+    file.write_bytes("\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("cp1252"))
+    output = grade(file, RIGHT, code=2).output
+    assert "add --set data.encoding=cp1252" in output
+    assert output.count("invalid_utf8") == 1, "six rows have one cause"
+    assert "Nothing speaks against" in grade(file, RIGHT, "--set", "data.encoding=cp1252", code=0).output
+    file.write_text("\n".join([*map(json.dumps, rows), "{}"]))
+    assert "leave such rows out: --set data.bad_rows=skip" in grade(file, RIGHT, code=2).output
+    assert "note: 1 row left out" in grade(file, RIGHT, "--set", "data.bad_rows=skip", code=0).output
+    other = grade(file, RIGHT, "--set", "train.epochs=2", code=2).output
+    assert "--set train.epochs=2: only options of reading do something here" in " ".join(other.split())
 
 
 def test_rows_without_a_prompt_are_refused_by_line(tmp_path: Path) -> None:
@@ -212,6 +256,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_run import model_folder  # torch, which nothing else here needs
 
     return model_folder(tmp_path_factory.mktemp("model"))
+
+
+def test_the_best_answer_that_ended_is_kept_as_a_chat(tmp_path: Path) -> None:
+    prompts = [Prompt("a:1", {}, ({"role": "user", "content": "hi"},)), Prompt("a:2", {}, ())]
+    rewards = [("a", 0.5, True), ("b", 1.0, False), ("c", 0.75, True), ("d", 0.75, True), ("e", None, True)]
+    graded = [Graded(MODEL, 0, Answer(text, ended=ended), Grade(reward)) for text, reward, ended in rewards]
+    graded += [Graded(MODEL, 1, Answer("f", ended=False), Grade(1.0)), Graded("reference", 0, Answer("g"), Grade(1.0))]
+    said: list[str] = []
+    _keep(prompts, graded, (-math.inf, math.inf), tmp_path / "best.jsonl", said.append, best=True)
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "c"}]}
+    assert [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()] == [row]
+    assert said[0].startswith("1 of 2 rows have an answer that ended: the best of each is in")
 
 
 def test_answers_of_a_model_are_drawn_graded_and_rows_kept_by_them(rows: Path, model: Path) -> None:

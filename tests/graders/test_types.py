@@ -13,6 +13,7 @@ from graders.graders import function_in, grade, grades
 from tunesmith.errors import InputError
 from tunesmith.graders import formula, schema, templates, texts
 from tunesmith.graders.grade import Answer, GradeError
+from tunesmith.graders.pool import TOO_DEEP, Pool
 
 STRING = {
     "type": "string_check",
@@ -181,6 +182,18 @@ def test_further_numbers_of_a_function_are_told_beside_its_reward(tmp_path: Path
     assert (found.reward, dict(found.scores)) == (0.5, {"style": 1.0})
 
 
+def test_further_numbers_that_are_none_are_named(tmp_path: Path) -> None:
+    source = (
+        "def grade(s, i):\n    return {'reward': 1, 'none': None, 'nan': float('nan'), 'text': '1', 'good': True}\n"
+    )
+    [found] = grades(function_in(tmp_path, source), "text")
+    assert (found.reward, dict(found.scores)) == (1.0, {"good": 1.0})
+    assert found.left_out == {"none": "None", "nan": "nan", "text": "'1'"}
+    file = tmp_path / "grader.py"
+    parts = {"type": "multi", "graders": {"f": {"type": "function", "file": str(file)}}, "calculate_output": "2 * f"}
+    assert set(grade(parts, "text").left_out) == {"f.none", "f.nan", "f.text"}
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -329,6 +342,19 @@ def test_long_texts_keep_no_grader_busy(monkeypatch: pytest.MonkeyPatch) -> None
     likeness = {**value, "evaluation_metric": "rouge_l"}
     assert grade(likeness, "a b", {"text": "a c"}).reward == pytest.approx(0.5)
     assert grade(likeness, "a " * 20_000, {"text": "b " * 20_000}).kind in ("timeout", "memory")
+
+
+RENDERED = {"type": "string_check", "operation": "eq", "input": "{{sample.output_json}}", "reference": "x"}
+
+
+@pytest.mark.parametrize("value", [{"type": "python", "source": "def grade(s, i): return 1"}, RENDERED])
+def test_json_that_nests_too_deeply_is_no_error_of_the_run(value: dict[str, Any]) -> None:
+    """Of some depths Python reads what it cannot write."""
+    answers = [Answer("[" * depth + "]" * depth) for depth in range(970, 1000)]
+    with Pool(schema.from_value(value), at_once=1) as pool:
+        made = [pool.submit(answer, {}).result() for answer in answers]
+    assert {grade.kind for grade in made} <= {None, "exception"}
+    assert {grade.error for grade in made if grade.kind} <= {TOO_DEEP}
 
 
 def test_a_variable_that_repeats_a_long_value_ends() -> None:

@@ -18,7 +18,7 @@ from jobs.places import BASES, FakeLauncher, FakeModels, put_file, put_job, rows
 from jobs.test_rules import as_project
 from often import often
 from serve.running import wait_for
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.jobs import file_checks
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.file_checks import FileChecks

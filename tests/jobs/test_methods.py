@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from jobs.places import SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, pairs, put_file, put_job, rows
 from jobs.test_dispatcher import work
+from tunesmith.errors import InputError
 from tunesmith.jobs import routes
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.job_request import JobBody
@@ -304,11 +306,11 @@ def test_a_tuned_model_is_tuned_further_and_kept_while_it_is_needed(store: Store
     assert store.job(name)["status"] == "succeeded"
     assert not (adapter.parent / "merged").exists(), "it is made again where it is needed"
     store.delete_model(parent["name"])
-    store.sweep_models()
+    store.remove_unused_weights()
     assert adapter.exists(), "the model that was tuned from it needs it"
     for row in store.tuned(job=name):
         store.delete_model(row["name"])
-    store.sweep_models()
+    store.remove_unused_weights()
     assert not adapter.exists()
     with pytest.raises(RequestError, match="is not available for fine-tuning or does not exist"):
         put_job(store, file, model=parent["name"])
@@ -354,6 +356,14 @@ def test_metrics_go_to_weights_and_biases(store: Store, monkeypatch: pytest.Monk
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(RequestError, match="set WANDB_API_KEY"):
         put_job(store, "file-a", integrations=WANDB)
+
+    def not_installed(names: object) -> None:
+        raise InputError(f"track: wandb: the package is missing. To install: {sys.executable} -m pip install wandb")
+
+    monkeypatch.setattr(routes, "check_names", not_installed)
+    with pytest.raises(RequestError, match=r"wandb: on the server: .* To install: python -m pip") as refused:
+        put_job(store, "file-a", integrations=WANDB)
+    assert sys.executable not in str(refused.value), "clients see no paths of this machine"
 
 
 def test_a_cancelled_job_keeps_the_results_of_its_steps(store: Store) -> None:

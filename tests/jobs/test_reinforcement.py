@@ -103,6 +103,25 @@ def test_what_of_a_strangers_grader_does_not_run(grader: dict[str, Any], code: s
 
 
 @pytest.mark.parametrize(
+    ("rules", "named", "unnamed"),
+    [
+        (GraderRules(), {"regex", "multi"}, {"python", "unit_tests", "score_model", "function", "reward_run"}),
+        (OPEN, {"regex", "python", "unit_tests", "score_model"}, {"function", "reward_run"}),
+    ],
+)
+def test_a_slip_in_a_type_names_those_that_clients_may_use(
+    rules: GraderRules, named: set[str], unnamed: set[str]
+) -> None:
+    inner = {"type": "multi", "graders": {"a": {"type": "functions"}}, "calculate_output": "a"}
+    for sent in ({"type": "functions"}, {"input": "x"}, inner):
+        with pytest.raises(GraderRefusedError) as caught:
+            runnable(sent, rules, "grader")
+        words = set(str(caught.value).replace(",", " ").replace(".", " ").replace("?", " ").split())
+        assert words >= named - {"multi"}, str(caught.value)
+        assert not words & unnamed, str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("source", "words"), [("def grade(:", "line 1: invalid syntax"), ("def score(a, b): ...", "no function grade")]
 )
 def test_code_that_is_none_is_refused_without_being_run(source: str, words: str) -> None:

@@ -248,7 +248,7 @@ def test_what_a_job_or_a_model_needs_is_kept(store: Store) -> None:
     assert sorted(path.name for path in store.runs_path.iterdir()) == [kept]
     assert store.expire() == []
     store.act(job, "cancel", "cancelled")
-    store.sweep()
+    store.remove_unused()
     assert not store.content_path("file-open").exists()
     store.delete_model("ft:a:tunesmith::b")
     assert store.expire() == [f"{kept}: its run is removed, no model of it is left"]
@@ -260,7 +260,7 @@ def test_a_deletion_that_is_killed_is_finished_at_the_next_start(opened: Opened,
     put_file(store, rows(12), "file-old")
     store.update(files, {"created_at": int(time.time()) - 2 * DAY}, id="file-old")
     failed = ended_job(store, "file-x")
-    store.sweep = lambda **how: None  # it is killed before
+    store.remove_unused = lambda **how: None  # it is killed before
     assert len(store.expire()) == 2
     assert store.content_path("file-old").exists()
     store.close()

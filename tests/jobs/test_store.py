@@ -262,7 +262,7 @@ def test_a_lost_database_removes_no_upload_and_the_way_out_is_one(tmp_path: Path
     assert contents(folder) == before
     database.write_bytes(whole)
     store = Store(folder)
-    assert store.sweep(with_uploads=True) == []
+    assert store.remove_unused(with_uploads=True) == []
     assert {row["id"] for row in store.page(files)[0]} <= before.keys()
     store.close()
     assert contents(folder) == before
@@ -301,14 +301,14 @@ def nothing_unknown_is_lost(opened: Opened, folder: Path) -> None:
     store.content_path(".file-half").write_bytes(b"half")
     (store.parts_path / "upload_new").mkdir()
     (store.parts_path / "upload_new" / "part_new").write_bytes(late["part_new"])
-    lines = store.sweep(with_uploads=True)
+    lines = store.remove_unused(with_uploads=True)
     store.close()
     assert [line.partition("moved")[0] for line in lines] == ["2 uploads that no row of the database names: "]
     assert lines[0].startswith(f"2 uploads that no row of the database names: moved to {folder / 'unknown'}. A kill ")
     assert contents(folder / "unknown") == late
     assert [path.name for path in store.files_path.iterdir()] == ["file-old"]
     store = opened(folder)
-    assert store.sweep(with_uploads=True) == []
+    assert store.remove_unused(with_uploads=True) == []
     store.close()
 
 

@@ -153,7 +153,7 @@ def test_a_kill_in_the_end_leaves_a_pending_upload(served: Served, monkeypatch: 
     with pytest.raises(Killed):
         upload_parts.complete_upload(served.store, upload.id, upload_parts.JoinBody(part_ids=[part]))
     monkeypatch.undo()
-    served.store.sweep(with_uploads=True)
+    served.store.remove_unused(with_uploads=True)
     assert sorted(served.store.files_path.iterdir()) == before
     assert served.client.uploads.complete(upload.id, part_ids=[part]).status == "completed"
 
@@ -179,7 +179,7 @@ def test_an_upload_that_is_made_during_a_sweep_keeps_its_parts(served: Served, m
         return found
 
     monkeypatch.setattr(store, "_read", read_and_be_overtaken)
-    store.sweep()
+    store.remove_unused()
     assert folder.is_dir()
 
 

@@ -18,7 +18,7 @@ CODE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 if sys.argv[2] == "ours":
-    from tunesmith.environment import import_bitsandbytes
+    from tunesmith.environment.packages import import_bitsandbytes
     import_bitsandbytes()
 import bitsandbytes
 bitsandbytes.optim.AdamW8bit

@@ -150,7 +150,7 @@ def test_two_people_at_once_are_told(tmp_path: Path) -> None:
         assert "Stops after its step" in client.get("/ui/runs/both-0001").text, "the other one sees it"
         refused = client.post("/v1/runs/both-0001/resume", json={}, headers=OWN)
         assert (refused.status_code, refused.json()["error"]["message"]) == (
-            409, "both-0001: it is running: there is nothing to resume.",
+            409, "both-0001: it is running, so there is nothing to resume.",
         )  # fmt: skip
     assert client.post("/v1/runs/both-0001/stop", json={}, headers=OWN).status_code == 409
 
@@ -396,6 +396,22 @@ def test_rows_that_can_be_read_in_two_ways_go_on_by_a_click(tmp_path: Path, monk
     assert f'<a class="button" href="{address}"><span>Learn <code>Kind</code></span></a>' in page
     assert ">Learn the text itself</span></a>" in page
     assert 'name="set.reinforce.grader"' in page, "an option can be set where no plan could be made"
+
+
+def test_a_problem_of_the_rows_has_its_ways_on_in_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    way = {"settings": {"task": "chat", "data.columns": "{prompt: a}"}, "words": "Learn `b`"}
+    problem = {"source": {"path": "rows.csv", "line": 1}, "code": "unknown_shape", "message": "no.", "fix": "So:"}
+    values = {"ok": False, "problems": [{**problem, "severity": "error", "ways": [way]}], "errors": {}, "warnings": {}}
+    values |= {"files": [], "mix": [], "tokens": {}, "labels": [], "notes": [], "refusals": ["no"], "held_out": 0}
+    row = {"line": 2, "tokens": None, "trained": None, "spans": [["a: 1\n", False]], "problems": []}
+    site = site_in(tmp_path)
+    replies = {True: Reply([], values={"rows": [row]}), False: Reply([], values=values)}
+    monkeypatch.setattr(site, "check", lambda path, model, lines=None: replies[lines is not None])
+    page = entered(site).get("/ui/data?file=rows.csv").text
+    address = "/ui/new?file=rows.csv&amp;model=&amp;set.task=chat&amp;set.data.columns=%7Bprompt%3A%20a%7D"
+    assert f'<a href="{address}">Learn <code>b</code></a>' in page
+    assert "a: 1" in page
 
 
 def test_a_run_that_has_just_ended_does_not_get_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

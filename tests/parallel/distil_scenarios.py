@@ -6,7 +6,8 @@ from unittest.mock import patch
 
 from tiny_run import model_folder, tiny_recipe
 from tunesmith.recipe.schema import Recipe
-from tunesmith.training import taught_answers, teacher
+from tunesmith.training import groups, local_teacher
+from tunesmith.training.local_teacher import LocalTeacher
 from tunesmith.training.trainer import train
 
 
@@ -26,17 +27,17 @@ def recipe_of(folder: Path, name: str) -> Recipe:
 def _run(folder: Path, name: str, out: str = "") -> dict[str, Any]:
     """How often this rank has loaded the teacher, and had rows read."""
     loads, reads = list[str](), list[int]()
-    load, lists = teacher.load_teacher, teacher.Teacher.lists
+    load, lists = local_teacher.load_any, LocalTeacher.lists
 
-    def loaded(options: Any, place: str, *how: Any, **more: Any) -> Any:
+    def loaded(place: str, **how: Any) -> Any:
         loads.append(place)
-        return load(options, place, *how, **more)
+        return load(place, **how)
 
     def read(self: Any, rows: Any) -> Any:
         reads.append(len(rows))
         return lists(self, rows)
 
-    with patch.object(taught_answers, "load_teacher", loaded), patch.object(teacher.Teacher, "lists", read):
+    with patch.object(local_teacher, "load_any", loaded), patch.object(LocalTeacher, "lists", read):
         train(recipe_of(folder, name), root=folder / f"root-{out or name}", out=folder / (out or name))
     return {"loads": len(loads), "reads": reads}
 
@@ -55,10 +56,10 @@ def at_address(folder: Path) -> Any:
 
 def swapped_planted(folder: Path) -> Any:
     """Answers are put together rank by rank, not prompt by prompt."""
-    gathered = taught_answers.all_answers
+    gathered = groups.all_answers
 
     def one_behind_the_other(world: Any, mine: Any, num: int) -> Any:
         return [gathered(world, mine, num)[at] for at in [*range(0, num, 2), *range(1, num, 2)]]
 
-    with patch.object(taught_answers, "all_answers", one_behind_the_other):
+    with patch.object(groups, "all_answers", one_behind_the_other):
         return _run(folder, "on_policy", "swapped")

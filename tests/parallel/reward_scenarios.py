@@ -8,7 +8,7 @@ from rewarded import rewarded
 from tiny_run import stop_at
 from tunesmith.errors import Stopped
 from tunesmith.recipe.schema import Recipe
-from tunesmith.training import draw, trainer
+from tunesmith.training import groups, trainer
 from tunesmith.training.trainer import Listener, train
 
 SECTIONS: dict[str, Any] = {
@@ -60,6 +60,6 @@ def swapped_planted(folder: Path) -> Any:
         answers = [gathered(world, mine, num)[at] for at in [*range(0, num, 2), *range(1, num, 2)]]
         return answers
 
-    gathered = draw.all_answers
-    with patch.object(draw, "all_answers", one_behind_the_other):
+    gathered = groups.all_answers
+    with patch.object(groups, "all_answers", one_behind_the_other):
         return _run(folder, "swapped")

@@ -20,7 +20,7 @@ from fresh import Process, python
 from parallel.group import start
 from parallel.scenarios import LONG, make_inputs, recipe_of
 from tiny_run import values_of
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.errors import GroupError, InputError, NonFiniteError, RecipeError, RunError, Stopped
 from tunesmith.parallel.launch import devices_of, ending, record_failure, report_failure
 from tunesmith.parallel.own_card import take_card

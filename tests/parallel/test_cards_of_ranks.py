@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.errors import GroupError, InputError
 from tunesmith.parallel import world as worlds
 from tunesmith.parallel.own_card import card_of, take_card

@@ -85,7 +85,7 @@ def test_every_rank_runs_as_many_passes(found: Found, folder: Path) -> None:
     assert sum(rank["idle"] for rank in both(found, "full")) > 0
     plan = prepare(whole_recipe_of(folder), root=folder / "alone").sampler
     for size in (2, 3, 4):
-        assert all(len(set(passes_of(replace(plan, is_even=True), step, size))) == 1 for step in range(1, 13))
+        assert all(len(set(passes_of(replace(plan, equal_passes=True), step, size))) == 1 for step in range(1, 13))
     assert any(len(set(passes_of(plan, step))) > 1 for step in range(1, 13))  # the test sees it
 
 

@@ -96,4 +96,4 @@ def test_the_plan_says_what_was_given(tmp_path: Path) -> None:
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert told["given"]["evaluation.samples"] == 0
     assert "device" not in told["given"]
-    assert resolve_run(tiny_recipe(tmp_path), root=tmp_path / "runs").given["train.rows_per_step"] == 3
+    assert resolve_run(tiny_recipe(tmp_path), root=tmp_path / "runs").user_options["train.rows_per_step"] == 3

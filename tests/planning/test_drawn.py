@@ -12,10 +12,10 @@ from tunesmith.planning.drawn import Draws, Prices, draws_of, grade_seconds, sha
 from tunesmith.planning.memory import Load
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.draw import Drawing
+from tunesmith.training.local_teacher import LocalTeacher
 from tunesmith.training.planned_answers import prompt_lengths
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.taught_answers import prompt_of
-from tunesmith.training.teacher import Teacher
 from tunesmith.training.trainer import train
 
 PRICE = Prices(word=1.0, read=10.0, read_by_others=100.0, listed=0.0, compared=1e4, grade=1e6)
@@ -102,13 +102,13 @@ def test_a_plan_says_the_held_out_answers_that_a_run_draws_and_grades(tmp_path, 
 def test_a_plan_says_the_tokens_that_a_teacher_reads_before_the_steps(tmp_path, monkeypatch, on_policy):
     recipe = taught(tmp_path, on_policy=on_policy, **({"max_new_tokens": 6} if on_policy else {}))
     duration = resolve_run(recipe, root=tmp_path / "runs").forecast.duration
-    read, lists = [], Teacher.lists
+    read, lists = [], LocalTeacher.lists
 
     def counted(self, rows):
         read.append(sum(len(row.ids) for row in rows))
         return lists(self, rows)
 
-    monkeypatch.setattr(Teacher, "lists", counted)
+    monkeypatch.setattr(LocalTeacher, "lists", counted)
     train(recipe, root=tmp_path / "runs")
     assert duration.counts["teaching"] == sum(read) > 0
     assert duration.prices["teaching"] > 0

@@ -77,6 +77,30 @@ def test_passes_get_smaller_only_where_recomputing_all_is_not_enough():
     assert "the update is the same" in choices[0].reason
 
 
+@pytest.mark.parametrize(
+    ("learning", "room", "streams"),
+    [
+        (50, 120, 64),  # 20 + 64 are needed
+        (50, 80, 32),
+        (50, 78, 32),  # what learns takes 70, and fewer streams less than that
+        (10, 30, 8),
+        (3, 25, 4),  # of one prompt at least
+    ],
+)
+def test_fewer_answers_are_drawn_together_where_their_keys_take_the_most(learning, room, streams):
+    wanted = validate({"model": "m", "reinforce": {"grader": "g.py", "streams": 64, "samples": 4}})
+
+    def predict(recipe: Recipe) -> Forecast:
+        memory = Memory(weights=20, activations=max(learning, resolved(recipe.reinforce.streams)))
+        return replace(predictor(room)(recipe_with()), memory=memory)
+
+    recipe, choices = fitting.with_fewer_streams(wanted, predict)
+    assert recipe.reinforce.streams == streams
+    assert [choice.value for choice in choices] == [streams] * (streams < 64)
+    alternatives = fitting.nearest(recipe_with().model_copy(update={"reinforce": wanted.reinforce}), predict, longest=9)
+    assert alternatives[0] == ({"reinforce.streams": 4}, 20 + max(learning, 4))
+
+
 def test_what_was_set_is_left_as_it_is():
     recipe, choices, forecast = fitting.fit(
         recipe_with(checkpointed_layers=0), predictor(10), longest=100, free_tokens=False

@@ -19,7 +19,7 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.planning.forecast import WORK_KINDS, Duration
 from tunesmith.training import probe as process
-from tunesmith.training.probe import KILLED, MORE, STEP_SPREAD, USUAL_STEPS, Found, Timed, _why, probe
+from tunesmith.training.probe import KILLED, MORE, STEP_SPREAD, USUAL_STEPS, Found, Timed, _why_it_ended, probe
 from tunesmith.training.resolve import ResolvedRun, resolve_run
 from tunesmith.training.setup import prepare
 
@@ -89,7 +89,7 @@ def test_a_childs_end_is_reported_where_signals_cannot_kill(tmp_path, monkeypatc
     """As on Windows."""
     monkeypatch.delattr("signal.SIGKILL")
     (tmp_path / "printed").write_text("why\n")
-    assert _why(3, tmp_path / "printed") == "exit code 3: why"
+    assert _why_it_ended(3, tmp_path / "printed") == "exit code 3: why"
 
 
 def test_a_child_that_the_system_kills_is_told_as_memory(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from serve.batches import Heard, alone, decoder, hear, job, prompts
-from tunesmith import environment
-from tunesmith.environment import CARD_SHARE
+from tunesmith.environment import process
+from tunesmith.environment.process import CARD_SHARE
 from tunesmith.errors import InputError
 from tunesmith.generation import scheduler as schedulers
 from tunesmith.generation.decoder import SequentialDecoder
@@ -79,14 +79,14 @@ def test_a_run_of_a_job_gets_what_the_server_leaves_of_their_card(
 def test_what_is_no_share_of_a_card_is_refused(monkeypatch: pytest.MonkeyPatch, share: str) -> None:
     monkeypatch.setenv(CARD_SHARE, share)
     with pytest.raises(InputError, match=f"TUNESMITH_CARD_SHARE={share}: a share of a card is above 0 and at most 1"):
-        environment.card_share()
+        process.card_share()
 
 
 def test_a_server_that_leaves_its_jobs_nothing_of_the_card_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CARD_SHARE, "1")
-    assert environment.card_share() == 1
+    assert process.card_share() == 1
     bases = Bases(bases={"tiny": PublicBase(model="tiny")})
     start = JobServer.start(Store(tmp_path / "store"), bases, EngineOptions(), root=tmp_path, on_note=print)
     with pytest.raises(InputError, match=r"runs of jobs get what the server leaves .* Give at most 0.95"):

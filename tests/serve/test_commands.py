@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from serve.running import wait_for
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.serve.commands import CommandRunner
 from tunesmith.types import JsonObject
 

@@ -21,8 +21,8 @@ from tunesmith.inference.load import load_base, load_run
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.recipe.distillation import Distil
 from tunesmith.runs.folder import Run
+from tunesmith.training.local_teacher import LocalTeacher
 from tunesmith.training.served_teacher import ServedTeacher
-from tunesmith.training.teacher import Teacher
 from tunesmith.training.trainer import train
 from tunesmith.types import Part, Row, Source
 
@@ -132,7 +132,7 @@ def test_what_it_says_of_prompts_teaches_as_the_run_itself(live: Live) -> None:
         Row(np.arange(20 + start, 20 + start + num, dtype=np.int32), np.arange(num) >= 3, Source("rows", start))
         for start, num in ((1, 9), (2, 40), (3, 300))  # the last one is read in two parts
     ]
-    here = Teacher(loaded, options, len(tokenizer), find_output_layer(loaded.model), {}, "cpu")
+    here = LocalTeacher(options, tokenizer, {}, "cpu", loaded, find_output_layer(loaded.model))
     lists, asked = dict(here.lists(rows)), dict(ServedTeacher(options, tokenizer).lists(rows))
     for i in range(len(rows)):
         assert (lists[i][:, :9] == asked[i][:, :9]).all()

@@ -333,7 +333,7 @@ def test_a_worker_that_sends_what_cannot_be_read_is_started_again() -> None:
         await made.close(0.0)
 
     asyncio.run(scene())
-    assert "the engine sent what cannot be read: TypeError" in notes[0]
+    assert "a message of the engine cannot be read: TypeError" in notes[0]
     assert "exit code 0" in notes[1]
 
 

@@ -205,6 +205,11 @@ def test_everything_wrong_is_said_at_once(server: Running) -> None:
     assert error["message"] == " ".join(hints)
 
 
+def test_parameters_of_other_models_have_their_way_out(server: Running) -> None:
+    message = server.ask("POST", "/v1/chat/completions", {**CHAT, "reasoning_effort": "low"})[1]["error"]["message"]
+    assert message == "reasoning_effort: unknown parameter. Models here have no levels of reasoning. Leave it out."
+
+
 def test_unknown_names_are_compared_with_few_names_of_their_place(server: Running) -> None:
     asked = {**CHAT, "max_token": 9, "response_format": {"type": "text", "json_scheme": 1}, "training_fil": 1}
     message = server.ask("POST", "/v1/chat/completions", asked)[1]["error"]["message"]

@@ -160,7 +160,7 @@ def test_two_runs_of_one_name_and_runs_on_several_bases_are_refused(run: Run, ma
     with pytest.raises(InputError, match="have the same name"):
         opened(run.path, made / "runs" / "first")
     other = model_folder(tmp_path / "other", seed=5)
-    with pytest.raises(InputError, match=r"these are on 2: .*other.*; .*first.*Serve apart"):
+    with pytest.raises(InputError, match=r"these are on 2: .*other.*; .*first.*Serve them separately"):
         opened(other, run.path)
 
 

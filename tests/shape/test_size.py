@@ -12,11 +12,15 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
     "api, types, errors, …": (
-        1_710,
-        "the Python interface, the types that travel, errors, ways out as options",
+        1_430,
+        "the Python interface, the types that travel, errors with ways out as options, numbers as text",
     ),
     "cli": (4_775, "twenty-two commands, what they print and what they refuse"),
     "data": (10_625, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "environment": (
+        320,
+        "the version, packages, settings of torch's libraries, this process and its children, the hub's refusals",
+    ),
     "evaluation": (4_060, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (

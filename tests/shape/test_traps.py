@@ -17,7 +17,7 @@ REQUIRED = {
     *(f"S{n}" for n in (*range(1, 9), *range(10, 14), *range(20, 31))),
     *(f"M{n}" for n in range(1, 10)),  # what a measure proves
     *(f"P{n}" for n in range(1, 30)),  # preferences, rewards, vectors
-    *(f"G{n}" for n in (*range(1, 26), *range(31, 36))),  # answers that are drawn and graded
+    *(f"G{n}" for n in range(1, 36)),  # answers that are drawn and graded
     *(f"I{n}" for n in (*range(1, 17), *range(21, 25))),  # images
 }
 MARKER = re.compile(r"# trap: ([^#\n]*)$", re.MULTILINE)

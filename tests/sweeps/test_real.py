@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import fresh
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.runs.folder import Run, runs
 
 FILE = """

@@ -113,7 +113,7 @@ def assert_a_text_is_known_without_its_prompt(folder: Path) -> None:  # trap: P2
     options = {"loss": "ranking", **PROMPTS}
     recipe = task_recipe(folder, "embed", "encoder", data=data, dropout=0.0, train=train, embed=options)
     setup = prepare(recipe, root=folder)
-    batch = setup.collator.batch(setup.sampler.step(1)[0], draw=1)
+    batch = setup.collator.batch(setup.sampler.step(1)[0], step=1)
     texts_of = embedding_losses.texts_of(batch, embedding_losses.embed(setup.model, batch, setup.recipe.embed))
     vectors = texts_of.vectors_LD.tolist()
     by_text = {SHARED[row][k]: vectors[2 * i + k] for i, row in enumerate(batch.row_indices) for k in (1,)}
@@ -274,7 +274,7 @@ def assert_the_gradient_is_that_of_one_graph(folder: Path, method: Any) -> None:
     setup.optimizer.zero_grad()
     torch.manual_seed(seeds[0])
     options = setup.recipe.embed
-    batches = [setup.collator.batch(rows, draw=1) for rows in setup.sampler.step(1)]
+    batches = [setup.collator.batch(rows, step=1) for rows in setup.sampler.step(1)]
     parts = [embedding_losses.texts_of(batch, embedding_losses.embed(setup.model, batch, options)) for batch in batches]
     losses = text_losses(embedding_losses.joined(parts), options)
     (losses.sum() / len(losses)).backward()
@@ -310,7 +310,7 @@ def bfloat16_setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 def assert_vectors_have_length_one(setup: Setup) -> None:  # trap: P26
-    batch = setup.collator.batch(setup.sampler.step(1)[0], draw=1)
+    batch = setup.collator.batch(setup.sampler.step(1)[0], step=1)
     with torch.no_grad():
         vectors = embedding_losses.embed(setup.model, batch, setup.recipe.embed)
     assert vectors.dtype == torch.float32

@@ -108,7 +108,7 @@ def test_held_out_rows_are_measured_by_the_plain_loss(tmp_path: Path) -> None:  
     found = {}
     for name, loss in {"plain": {}, "all": {"label_smoothing": 0.3, "z_loss": 0.1}}.items():
         setup = prepare(tiny_recipe(tmp_path, loss=loss), root=tmp_path)
-        batch = setup.held_collator.batch([int(i) for i in setup.rows.held_rows], draw=0)
+        batch = setup.held_collator.batch([int(i) for i in setup.rows.held_rows], step=0)
         setup.model.eval()
         found[name] = (setup.task.measure(setup.model, batch).losses_N, next(training_steps(setup)).values["loss"])
     assert torch.equal(found["plain"][0], found["all"][0])

@@ -109,7 +109,7 @@ def test_a_reward_is_read_at_the_last_token_whatever_pads(tmp_path, layout, arch
     rows = [int(i) for i in setup.rows.train_rows[:5]]
     lines = [line for i in rows for line in lines_of(setup.store.row(i))]
     with eval_mode(setup.model):
-        found = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
+        found = setup.task.measure(setup.model, setup.collator.batch(rows, step=1)).results
         alone = [own_reward(setup.model, line.ids) for line in lines]
         early = [own_reward(setup.model, line.ids[:-1]) for line in lines]
     ours = [one for row in found for one in row["rewards"]]

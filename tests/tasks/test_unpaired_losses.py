@@ -89,7 +89,7 @@ def test_the_test_sees_a_reference_point_of_each_pass(tmp_path, monkeypatch):
 def test_the_reference_point_is_the_steps_mean_detached_and_at_least_0(tmp_path):
     setup = prepare(recipe_of(tmp_path, train={"rows_per_step": 6}), root=tmp_path / "runs")
     rows = [int(i) for i in setup.rows.train_rows[:6]]
-    store, of_partners = setup.store, partial(setup.collator.batch, draw=1, lines="partners")
+    store, of_partners = setup.store, partial(setup.collator.batch, step=1, lines="partners")
     for reference, expected in ((-500.0, 1), (500.0, 0)):
         write_reference(store, np.arange(len(store)), np.full((len(store), 2), reference))
         found = setup.task.prepass(setup.model, [of_partners(rows[:2]), of_partners(rows[2:])], setup.world)

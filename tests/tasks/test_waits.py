@@ -48,7 +48,7 @@ def test_a_pass_of_compared_rows_waits_for_nothing(tmp_path: Path, task: str, ki
     setup = prepare(task_recipe(tmp_path, task, kind, method="lora", **sections), root=tmp_path)
     rows = [int(i) for i in setup.rows.train_rows[:4]]
     with Waits() as waits:
-        batch = setup.collator.batch(rows, draw=1, lines="learnt")
+        batch = setup.collator.batch(rows, step=1, lines="learnt")
         setup.task.loss_sum(setup.model, batch).backward()
     assert waits.names == []
 

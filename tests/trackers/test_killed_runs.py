@@ -10,7 +10,7 @@ import pytest
 
 from tiny_run import tiny_recipe
 from trackers.stores import READ, Points, logged, missing
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.sender import read_state

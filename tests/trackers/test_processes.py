@@ -13,7 +13,7 @@ import pytest
 
 from trackers.logs import ending, new_run, opening, trained, with_results, write
 from trackers.processes import answering, begun, finish, process_of, processes
-from tunesmith.environment import for_child
+from tunesmith.environment.children import for_child
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.sender import _result, tracked

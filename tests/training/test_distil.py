@@ -17,11 +17,11 @@ from tunesmith.inference.measure import evaluate_file
 from tunesmith.recipe.origin import moved_to
 from tunesmith.runs.folder import Run
 from tunesmith.training import teacher as teachers
+from tunesmith.training.local_teacher import LocalTeacher, refuse_other_vocabulary
 from tunesmith.training.probe import Found, measure
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
 from tunesmith.training.taught_answers import prompt_of
-from tunesmith.training.teacher import Teacher, refuse_other_vocabulary
 from tunesmith.training.trainer import resume, train
 
 FULL = {"method": "full", "optim": {"lr": 3e-3}}
@@ -86,13 +86,13 @@ def test_the_first_loss_is_the_divergence_by_both_models_alone(straight):  # tra
 
 @pytest.mark.slow
 def test_lists_of_the_token_before_are_found(tmp_path, monkeypatch):  # trap: G33 planted
-    lists = Teacher.lists
+    lists = LocalTeacher.lists
 
     def unshifted(self, rows):
         for i, values_NC in lists(self, rows):
             yield i, np.roll(values_NC, 1, axis=0)
 
-    monkeypatch.setattr(Teacher, "lists", unshifted)
+    monkeypatch.setattr(LocalTeacher, "lists", unshifted)
     wrong = train(taught(tmp_path, train={"max_steps": 1}), root=tmp_path / "runs")
     with pytest.raises(AssertionError):
         test_the_first_loss_is_the_divergence_by_both_models_alone((tmp_path, wrong))
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_is_one_that_never_stopped(kind, request, monkeypatch
     folder, whole = request.getfixturevalue(kind)
     run = stopped(whole.recipe(), folder / "stopped", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "lists", None)  # they are in its folder
+        patch.setattr(LocalTeacher, "lists", None)  # they are in its folder
         same_run(resume(run), whole)
 
 
@@ -158,7 +158,7 @@ def test_lists_are_found_again_by_another_run(straight, monkeypatch):
     def again(self, rows):
         raise AssertionError("they are there")
 
-    monkeypatch.setattr(Teacher, "lists", again)
+    monkeypatch.setattr(LocalTeacher, "lists", again)
     other = train(moved_to(run.recipe()).model_copy(update={"name": "again"}), root=folder / "runs")
     assert [values["loss"] for values in steps_of(other)] == [values["loss"] for values in steps_of(run)]
 

@@ -45,7 +45,7 @@ def test_a_model_that_overflows_is_loaded_again_in_float32(large: Any, tmp_path:
     assert setup.sampler.layout == "packed"
     chosen = {choice.key: choice.reason for choice in setup.choices}
     assert "too large for float16" in chosen["precision"]
-    assert "precision" not in setup.given
+    assert "precision" not in setup.user_options
     assert next(training_steps(setup)).values["loss"] < 100
 
 

@@ -25,7 +25,7 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import DataFile, Recipe
 from tunesmith.runs.folder import runs
 from tunesmith.training.image_parts import decide_seeing
-from tunesmith.training.packed_rows import PACKED, SeeingRows
+from tunesmith.training.packed_rows import PACKED_NOTE, SeeingRows
 from tunesmith.training.setup import prepare
 from tunesmith.training.step import compute_gradients
 from tunesmith.training.trainer import Listener, resume, train
@@ -45,7 +45,7 @@ def test_a_run_learns_and_leaves_the_tower_as_it_is(finished: Any) -> None:
     assert (finished.adapter_path / "preprocessor_config.json").is_file()
     (plan,) = [event.values for event in finished.events() if event.kind == "plan"]
     assert any("vision frozen" in note for note in plan["warnings"])
-    assert PACKED in plan["warnings"]
+    assert PACKED_NOTE in plan["warnings"]
 
 
 def test_samples_show_their_images_small(finished: Any) -> None:
@@ -142,7 +142,7 @@ def test_the_tower_itself_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def batch_of(setup: Any, *members: int) -> Any:
-    return setup.collator.batch(list(members), draw=1)
+    return setup.collator.batch(list(members), step=1)
 
 
 def setup_of(tmp_path: Path, family: str = "llava", **sections: Any) -> Any:

@@ -107,7 +107,7 @@ def test_log_probabilities_are_those_of_each_line_alone(tmp_path, arch, layout, 
     rows = [int(i) for i in setup.rows.train_rows[:5]]
     plain = load_plain(recipe.model)
     with eval_mode(setup.model):
-        found = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
+        found = setup.task.measure(setup.model, setup.collator.batch(rows, step=1)).results
         expected = [own_logps(plain, setup.store.row(row)) for row in rows]
         with_prompt = [own_logps(plain, shifted(setup.store.row(row))) for row in rows]
         off_by_one = [own_logps(plain, setup.store.row(row), before=0) for row in rows]
@@ -233,7 +233,7 @@ def test_dropout_of_the_model_is_off(tmp_path, is_off, arch, monkeypatch):
     folder = model_folder(tmp_path / arch, arch, dropout=0.3)
     setup = prepare(recipe_of(tmp_path).model_copy(update={"model": str(folder)}), root=tmp_path / "runs")
     setup.model.train()
-    batch = setup.collator.batch([int(i) for i in setup.rows.train_rows[:4]], draw=1)
+    batch = setup.collator.batch([int(i) for i in setup.rows.train_rows[:4]], step=1)
     with nullcontext() if is_off else pytest.raises(AssertionError):
         assert_repeats(setup, batch)
 
@@ -397,7 +397,7 @@ def assert_learnt_with_one_end(recipe: Any) -> None:
     (stop,), tokenizer = setup.renderer.stop_ids, setup.renderer.tokenizer
     records = [json.loads(line) for line in Path(recipe.data.train[0].path).read_text("utf-8").splitlines()]
     rows = [int(i) for i in setup.rows.train_rows]
-    results = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
+    results = setup.task.measure(setup.model, setup.collator.batch(rows, step=1)).results
     for i, result in zip(rows, results, strict=True):
         record, lines = records[setup.store.source(i).line - 1], lines_of(setup.store.row(i))
         said = [record[side] if isinstance(record[side], str) else record[side][0]["content"] for side in SIDES]
@@ -417,7 +417,7 @@ def test_a_template_that_ends_no_answer_is_refused(tmp_path):
 # trap: P20
 def test_sums_of_a_batch_are_made_in_float64(tmp_path):
     setup = prepare(recipe_of(tmp_path), root=tmp_path / "runs")
-    assert setup.collator.batch([int(setup.rows.train_rows[0])], draw=1).values_BV.dtype == torch.float64
+    assert setup.collator.batch([int(setup.rows.train_rows[0])], step=1).values_BV.dtype == torch.float64
 
 
 # trap: P13

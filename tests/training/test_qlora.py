@@ -71,5 +71,5 @@ def test_it_is_served_from_the_quantised_base_and_beside_no_other(finished: Run)
     serving = open_registry([str(finished.path)], root=root, options=OPTIONS, note=notes.append)
     assert finished.path.name in serving.models
     assert any("the base itself answers quantised too" in note for note in notes)
-    with pytest.raises(InputError, match=r"in nf4.*Serve apart"):
+    with pytest.raises(InputError, match=r"in nf4.*Serve them separately"):
         open_registry([str(finished.path), finished.recipe().model], root=root, options=OPTIONS, note=notes.append)

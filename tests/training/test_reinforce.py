@@ -1,10 +1,14 @@
 """Runs that learn from rewards: what a step draws, learns and tells; a killed run ends as one that never was."""
 
+import errno
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import tunesmith
 from killed_runs import kill_runs
 from often import often
 from rewarded import COUNTED, DIGITS, prompts, rewarded
+from tiny import template
 from tiny_run import same_run, stopped
 from tunesmith import methods
 from tunesmith.api import _word_of
@@ -25,15 +30,20 @@ from tunesmith.errors import (
     OutOfMemoryError,
     RecipeError,
     RunError,
+    StorageError,
     UngradedError,
 )
 from tunesmith.generation import draws as draws_module
 from tunesmith.graders.grade import Grade
+from tunesmith.graders.pool import Pool
+from tunesmith.graders.schema import Function
+from tunesmith.jobs.reward_metrics import of_step
 from tunesmith.recipe.origin import moved_to
 from tunesmith.recipe.reinforcement import file_of
 from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks.policy_losses import VALUE_COLUMNS
 from tunesmith.training import draw as draws
+from tunesmith.training import graded, groups
 from tunesmith.training import setup as setups
 from tunesmith.training.check_sampler import check_sampler
 from tunesmith.training.groups import Group
@@ -172,6 +182,26 @@ def test_grades_that_are_lost_would_be_seen(tmp_path):  # trap: G22 planted
         assert again == first
 
 
+@pytest.mark.parametrize("name", often(("grades.jsonl", "step-3.jsonl"), "step-3.jsonl"))
+def test_a_disk_that_is_full_in_a_draw_is_named_and_the_run_goes_on(straight, tmp_path, monkeypatch, name):
+    storing = draws.storing
+
+    @contextmanager
+    def full(path, **known):
+        with storing(path, **known):
+            yield
+            if path.name == name and (name != "grades.jsonl" or (path.parent / "checkpoints" / "step-2").exists()):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tunesmith.graders.kept.storing", full)
+    monkeypatch.setattr("tunesmith.runs.atomic.storing", full)
+    with pytest.raises(StorageError, match=rf"{name}: cannot be written.*ENOSPC.*Free some space"):
+        train(rewarded(straight[0]), root=tmp_path / "runs")
+    monkeypatch.undo()
+    (run,) = runs(tmp_path / "runs")
+    same_run(resume(run), straight[1])
+
+
 def test_half_a_line_of_kept_grades_is_left_out(tmp_path):
     from tunesmith.graders.kept import KeptGrades
 
@@ -257,6 +287,60 @@ def test_a_step_without_any_spread_moves_no_weight(tmp_path):  # trap: G14
     assert all(torch.equal(tensor, before[name]) for name, tensor in setup.attachment.trained.items())
 
 
+def test_steps_without_any_spread_are_named_once(tmp_path):
+    recipe = rewarded(tmp_path, grader="def grade(sample, item): return 0.5", train={"max_steps": 4})
+    run = train(recipe, root=tmp_path / "runs")
+    said = [event.values["text"] for event in run.events() if event.kind == "note"]
+    (note,) = [text for text in said if "learn nothing" in text]
+    assert note.startswith("steps 1 to 3: no prompt has answers of different rewards, and all get 0.5")
+
+
+def test_scores_that_are_no_numbers_are_named_once(tmp_path):
+    grader = "def grade(s, i): return {'reward': len(s['output_text']), 'good': 1.0, 'odd': None}"
+    run = train(rewarded(tmp_path, grader=grader, train={"max_steps": 2}), root=tmp_path / "runs")
+    said = [event.values["text"] for event in run.events() if event.kind == "note"]
+    (note,) = [text for text in said if "'odd'" in text]
+    assert note.startswith("the grader's score 'odd' is no finite number in 12 of 12 answers (None): left out of")
+    assert all(list(event.values["scores"]) == ["good"] for event in run.events() if event.kind == "step")
+
+
+def test_answers_without_the_json_that_is_read_are_counted(tmp_path):
+    file = tmp_path / "grader.json"
+    of_text = {"type": "length", "high": 9, "input": "{{sample.output_text}}"}
+    of_json = {"type": "string_check", "operation": "eq", "input": "{{sample.output_json.a}}", "reference": "b"}
+    file.write_text(json.dumps({"type": "multi", "graders": {"a": of_text, "b": of_json}, "calculate_output": "a + b"}))
+    run = train(rewarded(tmp_path, reinforce={"grader": str(file)}, train={"max_steps": 1}), root=tmp_path / "runs")
+    (step,) = [event for event in run.events() if event.kind == "step"]
+    assert step.values["unread"] == step.values["answers"] == 12
+    assert of_step(step)["errors"] == {"train_sample_parse_error_count": 12}
+
+
+def test_the_distance_from_the_untouched_model_is_that_of_plain_passes(setup):
+    def logp(ids, num):  # of the last tokens, by a pass of the text alone
+        with torch.no_grad():
+            logps_TV = setup.model(torch.tensor([ids])).logits[0, -num - 1 : -1].double().log_softmax(-1)
+        return logps_TV.gather(1, torch.tensor(ids[-num:])[:, None]).sum().item()
+
+    store, rows, session = setup.rows.held_store, setup.rows.held_rows.tolist(), SimpleNamespace(setup=setup)
+    groups = setup.drawing.held_out(setup, store, rows)
+    assert graded._nats_away(session, groups) == [[0.0, 0.0]] * len(rows), "the adapter adds nothing yet"
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in setup.attachment.trained.values():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=noise))
+    setup.attachment.publish()
+    away = graded._nats_away(session, groups)
+    setup.model.eval()
+    for group, nats in zip(groups, away, strict=True):
+        for answer, found in zip(group.answers, nats, strict=True):
+            ids = [*store.row(group.row).ids.tolist(), *answer.ids]
+            now = logp(ids, len(answer.ids))
+            with setup.attachment.adapter_disabled():
+                expected = now - logp(ids, len(answer.ids))
+            assert found == pytest.approx(expected, abs=1e-4)
+            assert abs(expected) > 1e-3
+
+
 def test_cut_answers_are_graded_or_leave_step_and_divisor(untrained):  # trap: G9
     (groups,), _ = untrained.drawing.groups_of(untrained, [1])
     answers = [answer for group in groups for answer in group.answers]
@@ -275,7 +359,7 @@ def test_cut_answers_are_graded_or_leave_step_and_divisor(untrained):  # trap: G
     untrained.drawing.recipe = untrained.recipe
 
 
-def test_only_drawn_tokens_are_learnt(untrained):
+def test_only_drawn_tokens_are_learnt(untrained):  # trap: G28
     (groups,), _ = untrained.drawing.groups_of(untrained, [1])
     view = untrained.drawing.everything(untrained, groups)
     drawn = [(group, answer) for group in groups for answer in group.answers]
@@ -284,6 +368,47 @@ def test_only_drawn_tokens_are_learnt(untrained):
         assert row.ids[row.trained].tolist() == list(answer.ids)
         assert row.ids[~row.trained].tolist() == untrained.store.row(group.row).ids.tolist()
         assert row.values_NC[:, VALUE_COLUMNS.index("drawn")].tolist() == pytest.approx(answer.logps)
+    with pytest.raises(AssertionError):  # trap: G28 planted: prompts are learnt too
+        assert row.ids.tolist() == list(answer.ids)
+
+
+def test_all_answers_are_graded_as_served_and_learnt_whole(untrained):  # trap: G29
+    grade = "import time\ndef grade(s, i):\n    time.sleep(0.01 * s['tokens'])\n    return len(s['output_text'])\n"
+    file = Path(untrained.recipe.reinforce.grader).with_name("slow.py")
+    file.write_text(grade)
+    pool = Pool(Function(type="function", file=str(file)))
+    (groups,), _ = replace(untrained.drawing, pool=pool).groups_of(untrained, [1])
+    pool.close()
+    answers = [(group, i) for group in groups for i in range(len(group.answers))]
+    assert len(answers) == 12
+    tokenizer = untrained.renderer.tokenizer
+    for group, i in answers:
+        served = tokenizer.decode(group.answers[i].ids, skip_special_tokens=True).strip()
+        assert group.answers[i].text == served
+        assert group.rewards[i] == len(served)
+    view = untrained.drawing.everything(untrained, groups)
+    assert view.store.targets.tolist() == [len(group.answers[i].ids) for group, i in answers]
+    special = {*tokenizer.all_special_ids}
+    with pytest.raises(AssertionError):  # trap: G29 planted: what the grader does not see is not learnt either
+        assert all(not special & {*view.store.row(i).ids[view.store.row(i).trained].tolist()} for i in range(12))
+
+
+def test_a_tag_that_the_template_opens_is_told_to_the_grader(tmp_path, monkeypatch):  # trap: G30
+    grader = "def grade(sample, item): return float(sample['prefix'] == '<think>\\n')"
+    recipe = rewarded(tmp_path, grader=grader)
+    (tmp_path / "model-llama" / "chat_template.jinja").write_text(template("thinks_first"))
+
+    def rewards() -> list[float]:
+        setup = prepare(recipe, root=tmp_path / "runs")
+        (groups,), _ = setup.drawing.groups_of(setup, [1])
+        setup.drawing.close()
+        assert any("opens <think> at the end of each prompt" in note for note in setup.notes)
+        return [reward for group in groups for reward in group.scored]
+
+    assert rewards() == [1.0] * 12
+    monkeypatch.setattr(draws, "begun_answer", lambda tokenizer, ids: "")
+    with pytest.raises(AssertionError):  # trap: G30 planted: nobody says so
+        assert rewards() == [1.0] * 12
 
 
 def test_grades_that_fail_are_no_reward_and_belong_to_no_group(tmp_path):  # trap: G16
@@ -355,7 +480,7 @@ def planted(monkeypatch, change) -> None:
             on_answers(at, group)
         return found
 
-    monkeypatch.setattr(draws, "draw_answers", changed)
+    monkeypatch.setattr(groups, "draw_answers", changed)
 
 
 def test_what_draws_is_what_learns(setup):
@@ -436,7 +561,7 @@ def test_the_reference_is_the_untouched_model_at_every_step(tmp_path, kl):  # tr
         ({"reinforce": {"samples": 1}}, "samples"),
         ({"reinforce": {"kl": 0.1}, "method": "full"}, "reinforce.kl: 0.1: needs the untouched model"),
         ({"method": {"dropout": 0.1}}, "dropout"),
-        ({"shard": True}, "shard: true: answers cannot be drawn from layers that are split"),
+        ({"shard": True}, "shard: true: answers cannot be drawn while layers are split"),
         ({"task": "chat"}, "reinforce.grader: .*task chat has no grader"),
         ({"data": {"columns": {"prompt": "number"}}}, "data.columns"),
         ({"evaluation": {"surprising": 5}}, "evaluation.surprising"),
@@ -611,7 +736,8 @@ def grade(sample, item):
     return len(sample["output_text"]) / 100
 """
     recipe = rewarded(tmp_path, grader=grader)
-    with pytest.raises(UngradedError, match="the judge is away"):
+    words = r"first, of \S+prompts.jsonl:\d+: [^!]*the judge is away[^!]*Try the grader: .* grade \S+prompts.jsonl "
+    with pytest.raises(UngradedError, match=words):
         train(recipe, root=tmp_path / "runs")
     (run,) = runs(tmp_path / "runs")
     assert not (run.path / "grades.jsonl").exists()
@@ -641,7 +767,7 @@ def test_a_probe_comes_to_its_end(setup, tmp_path):
 
 
 def test_memory_that_ends_while_answers_are_drawn_has_its_own_way_out(tmp_path, monkeypatch):
-    real, calls = draws.draw_answers, []
+    real, calls = groups.draw_answers, []
 
     def lacking(decoder, asked, seeds, how, *, on_answers):
         calls.append(how)
@@ -650,7 +776,7 @@ def test_memory_that_ends_while_answers_are_drawn_has_its_own_way_out(tmp_path, 
         monkeypatch.setattr("tunesmith.generation.draws._drawn", lambda scheduler, requests: ())
         return real(decoder, asked, seeds, how, on_answers=on_answers)
 
-    monkeypatch.setattr(draws, "draw_answers", lacking)
+    monkeypatch.setattr(groups, "draw_answers", lacking)
     with pytest.raises(OutOfMemoryError, match=r"Fewer reinforce\.samples.*Saved: step 2.*start a new run") as error:
         train(rewarded(tmp_path), root=tmp_path / "runs")
     assert "tokens_per_pass" not in str(error.value)
@@ -669,7 +795,7 @@ def test_the_recipe_of_a_moved_run_names_its_grader_where_it_is_now(straight, tm
 
 
 def test_prompts_are_tried_for_numbers_that_are_too_large(setup):
-    assert not setups._overflows(setup, was_chosen=True)
+    assert not setups._overflows(setup, is_default=True)
     with torch.no_grad():
         next(setup.model.parameters()).fill_(float("inf"))
-    assert setups._overflows(setup, was_chosen=True)
+    assert setups._overflows(setup, is_default=True)

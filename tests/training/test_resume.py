@@ -166,11 +166,11 @@ def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
 def test_a_run_that_began_before_an_option_was_there_is_resumed(tmp_path, monkeypatch):
     straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
     later = ("data.encoding", "data.suffixes", "evaluation.samples_before", "evaluation.samples_on_the_way")
-    right = preparing._identity
+    right = preparing.run_identity
     with monkeypatch.context() as patch:  # as an earlier version recorded it
         patch.setattr(
             preparing,
-            "_identity",
+            "run_identity",
             lambda *args, **how: {key: value for key, value in right(*args, **how).items() if not key.endswith(later)},
         )
         run = stopped(straight.recipe(), tmp_path / "runs", 3)

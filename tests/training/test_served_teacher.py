@@ -15,17 +15,16 @@ from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import copied, model_folder, same_run, stopped, tiny_recipe
 from tunesmith.cli.check import _why_not
-from tunesmith.data.kept_replies import KeptReplies
 from tunesmith.data.teacher_rows import columns
 from tunesmith.errors import InputError, RecipeError, TeacherError
 from tunesmith.recipe.distillation import Distil
 from tunesmith.recipe.origin import moved_to
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
+from tunesmith.runs.keyed_lines import KeyedLines
 from tunesmith.tasks.policy_losses import VALUE_COLUMNS, token_losses
 from tunesmith.training.resolve import resolve_run
-from tunesmith.training.served_teacher import PROBED, ServedTeacher, probe_ids
-from tunesmith.training.taught_answers import BY_TOKENS
+from tunesmith.training.served_teacher import BY_TOKENS, PROBED, ServedTeacher, probe_ids
 from tunesmith.training.trainer import resume, train
 from tunesmith.types import Row, Source
 
@@ -123,9 +122,8 @@ def test_a_server_that_is_believed_teaches_wrongly(server: ScoringServer, monkey
     """Planted: its entries are one place off."""
     server.spoiled = shifted
 
-    def believed(self: ServedTeacher, ids: list[int], numbers: Any, wanted: set[int], top: int) -> list[Any]:
-        entries = server.spoiled(ids, server.scored(ids, TOP))
-        return [numbers(entries[place], ids[place]) for place in sorted(wanted)]
+    def believed(self: ServedTeacher, ids: list[int], top: int) -> Entries:
+        return server.spoiled(ids, server.scored(ids, top))
 
     monkeypatch.setattr(ServedTeacher, "_entries", believed)
     monkeypatch.setattr(ServedTeacher, "prove", lambda self: None)
@@ -221,12 +219,21 @@ def test_a_text_that_the_probe_lacks_is_compared_in_its_row(server: ScoringServe
         ((200, {"choices": [{"message": {"content": "Hello"}}], "usage": {"prompt_tokens": 64}}), "no prompt_logprobs"),
         ((200, {"choices": []}), "a reply that is no completion"),
         ((404, {"detail": "Not Found"}), "status 404: .*Not Found"),
-        ((401, {"error": {"message": "no key"}}), "status 401: no key"),
+        (
+            (404, {"error": {"message": "Ask elsewhere."}}),
+            r"elsewhere\. http.*/completions was asked .*ends in /v1",
+        ),
     ],
 )
 def test_a_server_that_only_writes_is_told_what_to_do(server: ScoringServer, reply: Any, words: str) -> None:
     server.replies = [reply]
     with pytest.raises(RecipeError, match=rf"{words}.*have the server write answers and train on these by task chat"):
+        teacher_at(server).prove()
+
+
+def test_a_server_that_wants_a_key_is_told_one(server: ScoringServer) -> None:
+    server.replies = [(401, {"error": {"message": "no key"}})]
+    with pytest.raises(RecipeError, match=r"status 401: no key\. .*name the variable by distil\.key_env\.$"):
         teacher_at(server).prove()
 
 
@@ -254,7 +261,7 @@ def test_what_was_answered_is_not_asked_again(server: ScoringServer, tmp_path: P
     teacher.prove()
     server.asked.clear()
     server.spoiled = lambda ids, entries: entries if len(server.asked) < 4 else truncated(ids, entries)
-    teacher.replies = KeptReplies(file, columns(TOP))
+    teacher.replies = KeyedLines(file)
     with pytest.raises(TeacherError):
         list(teacher.lists(rows))
     lines = file.read_bytes().splitlines(keepends=True)
@@ -263,7 +270,7 @@ def test_what_was_answered_is_not_asked_again(server: ScoringServer, tmp_path: P
     file.write_bytes(b"".join([damaged, *lines[1:], torn]))
     server.spoiled = lambda ids, entries: entries
     server.asked.clear()
-    teacher.replies = KeptReplies(file, columns(TOP))
+    teacher.replies = KeyedLines(file)
     after = dict(teacher.lists(rows))
     assert len(server.asked) == 6 - len(lines) + 1, "a damaged line does not count"
     assert all((before[i] == after[i]).all() for i in range(6))
@@ -366,6 +373,7 @@ def test_a_plan_says_how_often_it_is_asked_and_asks_nothing(server: ScoringServe
         ("http://me:secret@localhost/v1", {}, "distil.teacher: http://…@localhost/v1: is no address such as"),
         ("http://localhost:8000/v1", {"temperature": 2.0}, "scores prompts at temperature 1"),
         ("some/model", {}, r"distil\.model: large: is of a teacher at an address"),
+        ("10.0.0.7:8000/v1", {}, r"distil\.model: large: .* begins with http:// or https://"),
         ("some/model", {"model": None, "key_env": "KEY"}, r"distil\.key_env: KEY: is of a teacher at an address"),
     ],
 )

@@ -40,7 +40,7 @@ def both(setup: Setup) -> tuple[Batch, Batch]:
     """A batch of all rows: with what they share computed once, and whole."""
     assert setup.collator.shares, [choice for choice in setup.choices if choice.key == KEY]
     rows = [int(i) for i in setup.rows.train_rows]
-    return setup.collator.batch(rows, draw=1), replace(setup.collator, shares=False).batch(rows, draw=1)
+    return setup.collator.batch(rows, step=1), replace(setup.collator, shares=False).batch(rows, step=1)
 
 
 def learnt(setup: Setup, batch: Batch) -> list[torch.Tensor]:

@@ -53,6 +53,14 @@ def test_the_loss_of_drawn_answers_is_not_compared_with_rewards() -> None:
     assert words("reinforce", events) == []
 
 
+@pytest.mark.parametrize("trained", [0.1, 9.0, -0.2])
+def test_a_loss_of_drawn_answers_is_not_compared_with_that_of_rows(trained: float) -> None:
+    drawn = [Event("step", i, 0.0, {"loss": trained, "answer_tokens": 6.0}, {}) for i in range(1, 17)]
+    assert words("distil", [evaluation("before", 2.4), *drawn, evaluation("after", 2.0)]) == []
+    risen = [evaluation("before", 2.4), *drawn, evaluation("after", 2.5)]
+    assert words("distil", risen) == ["loss-does-not-fall"]
+
+
 def test_a_training_loss_with_additions_is_above_the_held_out_one() -> None:
     events = [evaluation("before", 2.4), *steps(*[3.4] * 16), evaluation("after", 2.0)]
     assert words("chat", events) == ["held-out-better-than-training"]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -14,7 +15,10 @@ from tunesmith.data.collate import build_batch
 from tunesmith.errors import DataError, ModelError
 from tunesmith.inference.load import load_run
 from tunesmith.models.modes import eval_mode
+from tunesmith.planning.defaults import Facts
+from tunesmith.recipe.schema import Train
 from tunesmith.runs.folder import Run, runs
+from tunesmith.training.resolve import notes_on_repeats
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
 
@@ -42,6 +46,21 @@ def recipe_of(folder: Path, *, arch="llama", method="lora", task="chat", precisi
 
 def report_of(run: Run) -> dict:
     return json.loads(run.report_path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "note"),
+    [
+        (1, 100, "1 training row is learnt 100 times in 100 steps"),
+        (12, 60, "12 training rows are learnt 20 times in 60 steps"),
+        (12, 40, None),
+        (20, 400, None),
+    ],
+)
+def test_few_rows_that_are_learnt_very_often_are_noted(rows: int, steps: int, note: str | None) -> None:
+    options = Train(rows_per_step=4, epochs=400, max_steps=steps)
+    notes = notes_on_repeats(options, Facts(1, "cpu", "causal", np.full(rows, 50, np.int32)))
+    assert [text.partition(":")[0] for text in notes] == ([] if note is None else [note])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def main() -> None:
 
     prepare_streams()
     from tunesmith.cli.app import commands_with_options
-    from tunesmith.environment import prepare_environment
+    from tunesmith.environment.settings import prepare_environment
 
     prepare_environment(os.environ)
     if os.environ.get("TUNESMITH_DEBUG") != "1":

@@ -25,7 +25,7 @@ from tunesmith.cli.signals import interruptible
 from tunesmith.cli.sweep import sweep
 from tunesmith.cli.train import resume, track, train
 from tunesmith.cli.ui import ui
-from tunesmith.version import __version__
+from tunesmith.environment.version import __version__
 
 
 def without_types(params: list[Any]) -> list[Any]:
@@ -81,7 +81,8 @@ class Commands(TyperGroup):
         try:
             return super().resolve_command(ctx, args)
         except Exception as error:
-            near = difflib.get_close_matches(args[0].lower(), self.list_commands(ctx), n=1, cutoff=0.6) if args else []
+            names = self.list_commands(ctx)
+            near = difflib.get_close_matches(args[0].lower(), names, n=1, cutoff=0.6) if args else []
             if args and type(error).__name__ == "UsageError":
                 name = OTHER_COMMANDS.get(args[0].lower(), near[0] if near else "")
                 error.message = f"No such command {args[0]!r}." + (f" Did you mean {name}?" if name else "")  # type: ignore[attr-defined]

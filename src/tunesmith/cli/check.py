@@ -17,7 +17,7 @@ from tunesmith.cli.errors import print_problems
 from tunesmith.cli.options import build_recipe, files, mix_of, to_overrides
 from tunesmith.cli.render import sample_row
 from tunesmith.cli.streams import console, json_line
-from tunesmith.environment import refuse_ranks
+from tunesmith.environment.process import refuse_ranks
 from tunesmith.errors import DataError, InputError
 from tunesmith.phrases import plural, size, visible
 from tunesmith.summaries import checks

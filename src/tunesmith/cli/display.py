@@ -264,7 +264,8 @@ def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, 
         is_end = done >= total > 1
         if time.monotonic() >= due or (is_end and what == shown):
             due, shown = time.monotonic() + PLAIN_SECONDS, "" if is_end else what
-            screen.print(visible(words.get(what, what) + (f": {percent(done / total, 0)}" if total > 1 else "")))
+            share = f": {percent(done / total, 0)}" if total > 1 else ""
+            screen.print(visible(f"{words.get(what, what)}{share}"))
 
     return line
 

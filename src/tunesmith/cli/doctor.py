@@ -13,7 +13,8 @@ import typer
 
 from tunesmith.cli.options import Json, Offline, Root, Settings, Target, named, to_overrides
 from tunesmith.cli.streams import console, json_line
-from tunesmith.environment import default_threads, install_command
+from tunesmith.environment.packages import install_command
+from tunesmith.environment.process import default_threads
 from tunesmith.errors import RecipeError
 from tunesmith.phrases import plural, size
 from tunesmith.runs.folder import Run, is_run

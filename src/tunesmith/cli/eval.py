@@ -43,10 +43,10 @@ def evaluate(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(metavar="RUN|MODEL", help="Judge of answers before and after: gives rewards, or writes."),
+        typer.Option(metavar="RUN|MODEL", help="A judge of the answers: a reward model, or a chat model."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a JSON line a row with its loss and prediction.")
+        Path | None, typer.Option(metavar="FILE", help="Write a JSON line for each row, with its loss and prediction.")
     ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,
@@ -60,7 +60,7 @@ def evaluate(
     """
 
     if out is not None and out.exists() and Path(data).exists() and out.samefile(data):
-        raise InputError(f"--out: {out}: is the data itself, which it would take the place of. Choose another file.")
+        raise InputError(f"--out: {out}: is the data file itself, which would be overwritten. Choose another file.")
 
     def keep(lines: Iterator[JsonObject]) -> None:
         if out is not None:
@@ -68,17 +68,17 @@ def evaluate(
                 file.writelines(to_json(line) + b"\n" for line in lines)
 
     options: dict[str, Any] = {"root": root, "base": base, "model": model, "task": task, "offline": offline}
-    result = measured(target, data, samples=samples, judge=judge, keep=keep, **options)
+    result = evaluate_target(target, data, samples=samples, judge=judge, keep=keep, **options)
     if as_json:
         values = {"task": result.task, "rows": result.num_rows, "trained_on": result.num_trained}
         values |= {"measures": result.measures, "baseline": result.baseline, "headline": result.headline}
         values |= {"details": result.details, "samples": result.samples}
         json_line({"kind": "eval", "target": target, "data": data, **values})
     else:
-        _draw(result, out)
+        _print_result(result, out)
 
 
-def measured(
+def evaluate_target(
     target: str,
     data: str,
     *,
@@ -90,13 +90,18 @@ def measured(
     judge: str | None = None,
     offline: bool,
     keep: Callable[[Iterator[JsonObject]], None],
-    noted: set[str] | None = None,
+    shown_notes: set[str] | None = None,
 ) -> EvaluationResult:
-    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `noted` the
-    notes: none but those on the run itself is repeated."""
+    """Evaluate RUN|MODEL, with progress and notes on stderr.
+
+    Args:
+        keep: gets a line for each row.
+        shown_notes: the notes that evaluations before this one have printed. They are not repeated, except on
+            the run itself; new ones are added.
+    """
     refuse_no_answers(samples, judge)
-    target, of_task = named(target, root), as_task(task)
-    refuse_unusable(target, data, root, of_task, answered=judge is None, offline=offline)
+    target, task_name = named(target, root), as_task(task)
+    refuse_unusable(target, data, root, task_name, answered=judge is None, offline=offline)
     from tunesmith.cli.display import phases
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
@@ -104,17 +109,17 @@ def measured(
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
-        loaded = load_any(target, root=root, base=base, task=of_task, model=model, offline=offline)
-        of_export = export_note(loaded.located.path)
-        arbiter = None if judge is None else load_any(judge, root=root, offline=offline)
-        settings: dict[str, Any] = {"judge": arbiter, "offline": offline, "on_progress": progress}
+        loaded = load_any(target, root=root, base=base, task=task_name, model=model, offline=offline)
+        note_of_export = export_note(loaded.located.path)
+        loaded_judge = None if judge is None else load_any(judge, root=root, offline=offline)
+        settings: dict[str, Any] = {"judge": loaded_judge, "offline": offline, "on_progress": progress}
         result = evaluate_file(loaded, data, samples=samples, keep=keep, **settings)
-    noted = set() if noted is None else noted
-    for note in filter(None, (loaded.note, of_export, *result.notes)):
-        if note in noted and note != loaded.note and "this run" not in note:
-            continue
-        noted.add(note)
-        screen.print(visible(f"note: {note}"), style="bright_black")
+    shown_notes = set() if shown_notes is None else shown_notes
+    for note in filter(None, (loaded.note, note_of_export, *result.notes)):
+        is_on_run = note == loaded.note or "this run" in note
+        if is_on_run or note not in shown_notes:
+            shown_notes.add(note)
+            screen.print(visible(f"note: {note}"), style="bright_black")
     return result
 
 
@@ -133,21 +138,21 @@ def export_note(place: Path) -> str:
     return ""
 
 
-def _draw(found: EvaluationResult, out: Path | None) -> None:
+def _print_result(result: EvaluationResult, out: Path | None) -> None:
     screen = console()
-    trained = f", {found.num_trained:,} of them trained on by this run" if found.num_trained else ""
-    screen.print(f"{found.task}: measured on {plural(found.num_rows, 'row')}{trained}")
-    shown = [(info_of(key), interval) for key, interval in found.measures.items()]
-    rows = [[info.label, info.text(interval["value"]), info.bounds(interval)] for info, interval in shown]
+    trained = f", {result.num_trained:,} of them trained on by this run" if result.num_trained else ""
+    screen.print(f"{result.task}: measured on {plural(result.num_rows, 'row')}{trained}")
+    metrics = [(info_of(key), interval) for key, interval in result.measures.items()]
+    rows = [[info.label, info.text(interval["value"]), info.bounds(interval)] for info, interval in metrics]
     print_table(screen, ["metric", "value", "95 % interval"], rows)
-    for sentence in found.headline:
+    for sentence in result.headline:
         screen.print(visible(sentence))
     if out is not None:
         screen.print(f"rows in {out}")
 
 
 SHOWN = 5
-"""Rows listed on which one is better, of each side; all with --json."""
+"""Most rows that are listed where a run is better, and where it is worse; --json has all."""
 
 
 def compare(
@@ -157,13 +162,15 @@ def compare(
     ] = None,
     model: BaseAt = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a page with the table and a picture of differences.")
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page with the table and a plot."),
     ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Compare runs on the rows they share: metrics, clear differences, and of two the rows that one gets right.
+    """Compare runs on the rows they share: metrics and clear differences; of two runs also the rows where one
+    is better.
 
     tunesmith compare support-3f2a support-77b0
 
@@ -175,24 +182,26 @@ def compare(
 
     targets = [named(target, root) for target in targets]
     if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"--out {out}: not a page in a folder that is there. Give FILE.html.")
+        raise InputError(f"--out {out}: has to be FILE.html in a folder that exists. Choose another name.")
     if len(targets) < 2:
         raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
     if model is not None and (data is None or not any(is_run(name, root) for name in targets)):
         raise InputError(f"--model {model}: no run is measured here. Give --data FILE, or leave it out.")
-    of_runs = [name for name in targets if is_run(name, root)] if data is not None or out is not None else []
-    task = Run.open(of_runs[0], root).recipe().task if of_runs else None
+    run_names = [name for name in targets if is_run(name, root)]
+    task = None
+    if run_names and (data is not None or out is not None):
+        task = Run.open(run_names[0], root).recipe().task
     if data is None:
-        sides = [_kept(name, root) for name in targets]
+        sides = [_stored_side(name, root) for name in targets]
     else:
-        measure = partial(_measured, data=data, task=task, root=root, offline=offline, noted=set())
-        sides = [measure(name, base=model if is_run(name, root) else None) for name in targets]
+        measure = partial(_measured_side, data=data, task=task, root=root, offline=offline, shown_notes=set())
+        sides = [measure(name, base=model if name in run_names else None) for name in targets]
     try:
         comparisons = compare_runs([side.rows for side in sides])
     except InputError as error:
-        way = f"tunesmith compare {' '.join(targets)} --data FILE"
-        raise InputError(f"{' and '.join(targets)}: {error} Or measure now: {way}") from error
-    runs = [Run.open(name, root) for name in targets if is_run(name, root)]
+        command = f"tunesmith compare {' '.join(targets)} --data FILE"
+        raise InputError(f"{' and '.join(targets)}: {error} Or measure now: {command}") from error
+    runs = [Run.open(name, root) for name in run_names]
     settings = settings_that_differ(runs) if len(runs) == len(targets) else {}
     way_to_more = HOLD_OUT_MORE if data is None else MEASURE_MORE
     if len(targets) == 2:
@@ -204,31 +213,31 @@ def compare(
         from tunesmith.evaluation.report.sections import comparison_page
 
         write_atomic(out, as_html(comparison_page(targets, comparisons, task or "")).encode())
-        console(stderr=True).print(f"a page with the table and a picture: {out}")
+        console(stderr=True).print(f"a page with the table and a plot: {out}")
 
 
 def _show_many(
-    found: Sequence[Comparison], names: Sequence[str], settings: JsonObject, way_to_more: str, *, as_json: bool
+    comparisons: Sequence[Comparison], names: Sequence[str], settings: JsonObject, way_to_more: str, *, as_json: bool
 ) -> None:
-    """A row for each run: its values, and their differences from the first run."""
+    """Print a row for each run: its values, and their differences from the first run."""
     from tunesmith.evaluation.compare import too_few
 
-    unit = "document" if found[0].are_documents else "row"
-    notes = list(dict.fromkeys(comparison.loss_note for comparison in found if comparison.loss_note))
-    cautions = list(too_few(found[0].num_rows, unit, way_to_more))
+    num_rows = comparisons[0].num_rows
+    unit = "document" if comparisons[0].are_documents else "row"
+    notes = list(dict.fromkeys(comparison.loss_note for comparison in comparisons if comparison.loss_note))
+    cautions = list(too_few(num_rows, unit, way_to_more))
     if as_json:
         runs = [
             {"name": name, "measures": _as_values(comparison.metrics), "loss_note": comparison.loss_note}
-            for name, comparison in zip(names[1:], found, strict=True)
+            for name, comparison in zip(names[1:], comparisons, strict=True)
         ]
         values = {"a": names[0], "runs": runs, "notes": [*notes, *cautions], "settings": settings}
-        json_line({"kind": "compare", "rows": found[0].num_rows, **values})
+        json_line({"kind": "compare", "rows": num_rows, **values})
         return
     from tunesmith.evaluation.report.sections import comparison_table
 
-    screen, table = console(), comparison_table(names, found)
-    counted = plural(found[0].num_rows, unit)
-    screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals"))
+    screen, table = console(), comparison_table(names, comparisons)
+    screen.print(visible(f"{plural(num_rows, unit)} in common; differences from {names[0]} with 95 % intervals"))
     cells = [[" ".join(filter(None, (cell.text, cell.note))) for cell in row] for row in table.rows]
     for note in notes:
         screen.print(note)
@@ -248,7 +257,7 @@ def _print_settings(screen: Console, names: Sequence[str], settings: JsonObject)
 
 @dataclass
 class _Side:
-    """One of the evaluations."""
+    """One of the evaluations that are compared."""
 
     rows: list[JsonObject] = field(default_factory=list)
     answers: list[JsonObject] = field(default_factory=list)
@@ -256,132 +265,146 @@ class _Side:
     baseline: Record | None = None
 
 
-def _kept(name: str, root: Path) -> _Side:
+def _stored_side(name: str, root: Path) -> _Side:
     """The evaluation that a run made of its held-out rows when it ended."""
     from tunesmith.evaluation.report.values import kept_report
 
     run = Run.open(name, root)
-    paths = [run.path / "evaluation" / f"{file}.jsonl" for file in ("after", "answers-after")]
-    if not paths[0].exists():
+    rows_path, answers_path = (run.path / "evaluation" / name for name in ("after.jsonl", "answers-after.jsonl"))
+    if not rows_path.exists():
         raise RunError(
-            f"{run.path}: it has not measured held-out rows: no {paths[0].name} in its folder evaluation. "
+            f"{run.path}: it has not measured held-out rows: no {rows_path.name} in its folder evaluation. "
             "Compare on a file with --data FILE, or continue it with `tunesmith resume`."
         )
-    lines = [[from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else [] for path in paths]
-    if not run.report_path.exists():
-        return _Side(lines[0], lines[1])
-    report = kept_report(run)
-    return _Side(lines[0], lines[1], report["metrics"]["after"]["measures"], report["baseline"])
+    side = _Side([from_json(line) for line in rows_path.read_bytes().splitlines()])
+    if answers_path.exists():
+        side.answers = [from_json(line) for line in answers_path.read_bytes().splitlines()]
+    if run.report_path.exists():
+        report = kept_report(run)
+        side.metrics, side.baseline = report["metrics"]["after"]["measures"], report["baseline"]
+    return side
 
 
-def _measured(
-    name: str, *, data: str, base: str | None, task: str | None, root: Path, offline: bool, noted: set[str]
+def _measured_side(
+    name: str, *, data: str, base: str | None, task: str | None, root: Path, offline: bool, shown_notes: set[str]
 ) -> _Side:
+    """An evaluation on a file. `base`: the place of a run's model now."""
     side = _Side()
-    keep = side.rows.extend
-    result = measured(
-        name, data, root=root, base=False, task=task, model=base, samples=0, offline=offline, keep=keep, noted=noted
-    )
+    options: dict[str, Any] = {"root": root, "base": False, "task": task, "model": base, "offline": offline}
+    result = evaluate_target(name, data, samples=0, keep=side.rows.extend, shown_notes=shown_notes, **options)
     side.metrics, side.baseline = result.measures, result.baseline
     return side
 
 
 def _two_values(
-    found: Comparison, names: Sequence[str], sides: Sequence[_Side], num_answers: int, of_answers: Record
+    comparison: Comparison, names: Sequence[str], sides: Sequence[_Side], num_answers: int, answer_metrics: Record
 ) -> JsonObject:
-    """All of a comparison of two, JSON-ready; what a terminal prints of a row is in its "words"."""
-    pairs = {"won": found.won, "lost": found.lost}
-    of_rows = {key: [{"a": was, "b": now, "words": row_words(was, now)} for was, now in pairs[key]] for key in pairs}
+    """All of a comparison of two, JSON-ready. The "words" of a row are what a terminal prints of it."""
+
+    def rows(pairs: Sequence[tuple[Record, Record]]) -> list[JsonObject]:
+        return [{"a": was, "b": now, "words": row_words(was, now)} for was, now in pairs]
+
     return {
         "kind": "compare",
         "a": names[0],
         "b": names[1],
-        "rows": found.num_rows,
-        "are_documents": found.are_documents,
-        "only_a": found.only_a,
-        "only_b": found.only_b,
-        "same_targets": found.same_targets,
-        "loss_note": found.loss_note,
-        "measures": _as_values(found.metrics),
-        "ties": found.num_ties,
-        **of_rows,
+        "rows": comparison.num_rows,
+        "are_documents": comparison.are_documents,
+        "only_a": comparison.only_a,
+        "only_b": comparison.only_b,
+        "same_targets": comparison.same_targets,
+        "loss_note": comparison.loss_note,
+        "measures": _as_values(comparison.metrics),
+        "ties": comparison.num_ties,
+        "won": rows(comparison.won),
+        "lost": rows(comparison.lost),
         "baseline": {key: side.baseline for key, side in zip("ab", sides, strict=True)},
-        "answers": {"num": num_answers, "measures": _as_values(of_answers), "texts": _both_texts(sides)},
+        "answers": {"num": num_answers, "measures": _as_values(answer_metrics), "texts": _both_texts(sides)},
     }
 
 
 def _both_texts(sides: Sequence[_Side]) -> list[JsonObject]:
     """{source, prompt, reference, a, b} of each prompt that both sides answered."""
-    of_a, of_b = ({(row["source"], row["prompt"]): row for row in side.answers} for side in sides)
+    answers_a, answers_b = ({(row["source"], row["prompt"]): row for row in side.answers} for side in sides)
+    shared_keys = ("source", "prompt", "reference")
     return [
-        {**{key: row[key] for key in ("source", "prompt", "reference")}, "a": row["answer"], "b": of_b[place]["answer"]}
-        for place, row in of_a.items()
-        if place in of_b
+        {**{key: row[key] for key in shared_keys}, "a": row["answer"], "b": answers_b[place]["answer"]}
+        for place, row in answers_a.items()
+        if place in answers_b
     ]
 
 
 def _as_values(measures: Mapping[str, Difference]) -> JsonObject:
     return {
-        key: {"a": differs.a, "b": differs.b, "b_minus_a": differs.b_minus_a, "is_clear": differs.is_clear}
-        for key, differs in measures.items()
+        key: {"a": change.a, "b": change.b, "b_minus_a": change.b_minus_a, "is_clear": change.is_clear}
+        for key, change in measures.items()
     }
 
 
 def _show_two(
-    found: Comparison, names: Sequence[str], sides: Sequence[_Side], settings: JsonObject, way_to_more: str, *,
+    comparison: Comparison,
+    names: Sequence[str],
+    sides: Sequence[_Side],
+    settings: JsonObject,
+    way_to_more: str,
+    *,
     as_json: bool,
-) -> None:  # fmt: skip
-    """Two runs side by side: every metric, and the rows on which one is better."""
+) -> None:
+    """Print two runs side by side: every metric, and the rows on which one is better."""
     from tunesmith.evaluation.compare import baseline_sentence, compare_answers, too_few
 
-    num_answers, of_answers = compare_answers(*(side.answers for side in sides))
-    unit, b = "document" if found.are_documents else "row", names[1]
-    notes = [found.loss_note] if found.loss_note else []
-    if not found.same_targets:
-        still = "; bits per byte do" if "bits_per_byte" in found.metrics else ""
-        words = "loss, perplexity and token accuracy do not compare"
-        notes.insert(0, f"the two split the text into different tokens: {words}{still}")
+    num_answers, answer_metrics = compare_answers(*(side.answers for side in sides))
+    unit = "document" if comparison.are_documents else "row"
+    notes = [comparison.loss_note] if comparison.loss_note else []
+    if not comparison.same_targets:
+        what = "loss, perplexity and token accuracy cannot be compared"
+        except_bits = "; bits per byte can" if "bits_per_byte" in comparison.metrics else ""
+        notes.insert(0, f"the two split the text into different tokens: {what}{except_bits}")
     baselines = [
         f"{name}: {baseline_sentence(side.metrics, side.baseline)}"
         for name, side in zip(names, sides, strict=True)
         if side.baseline is not None
     ]
-    cautions = [*baselines, *too_few(found.num_rows, unit, way_to_more)]
+    cautions = [*baselines, *too_few(comparison.num_rows, unit, way_to_more)]
     if as_json:
-        values = _two_values(found, names, sides, num_answers, of_answers)
+        values = _two_values(comparison, names, sides, num_answers, answer_metrics)
         json_line({**values, "notes": [*notes, *cautions], "settings": settings})
         return
     screen = console()
-    is_once = not found.are_documents and len(sides[0].rows) > found.num_rows + found.only_a
-    only = ["repeated ones counted once"] if is_once else []
-    only += [f"{num:,} only in {name}" for num, name in zip((found.only_a, found.only_b), names, strict=True) if num]
-    screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
-    screen.print(visible(f"A is {names[0]}, B is {b}; B − A: their difference on the same {unit}s, 95 % interval"))
+    has_repeats = not comparison.are_documents and len(sides[0].rows) > comparison.num_rows + comparison.only_a
+    counts = [f"{plural(comparison.num_rows, unit)} in common"]
+    counts += ["repeated ones counted once"] if has_repeats else []
+    only_here = zip((comparison.only_a, comparison.only_b), names, strict=True)
+    counts += [f"{num:,} only in {name}" for num, name in only_here if num]
+    screen.print(visible("; ".join(counts)))
+    what = f"B − A: their difference on the same {unit}s, 95 % interval"
+    screen.print(visible(f"A is {names[0]}, B is {names[1]}; {what}"))
     for note in notes:
         screen.print(note)
-    _print_metrics(screen, found.metrics)
+    _print_metrics(screen, comparison.metrics)
     for sentence in cautions:
         screen.print(visible(sentence))
     if num_answers:
         screen.print(f"{plural(num_answers, 'prompt')} answered by both")
-        _print_metrics(screen, of_answers)
+        _print_metrics(screen, answer_metrics)
     screen.print(
-        f"{visible(b)} is better on {plural(len(found.won), unit)}, worse on {len(found.lost):,}, "
-        f"and as good on {found.num_ties:,}"
+        f"{visible(names[1])} is better on {plural(len(comparison.won), unit)}, "
+        f"worse on {len(comparison.lost):,}, and as good on {comparison.num_ties:,}"
     )
-    for what, pairs in (("worse", found.lost), ("better", found.won)):
+    for verdict, pairs in (("worse", comparison.lost), ("better", comparison.won)):
         for was, now in pairs[:SHOWN]:
-            screen.print(visible(f"{what}: {now['source']}: {row_words(was, now)}"))
+            screen.print(visible(f"{verdict}: {now['source']}: {row_words(was, now)}"))
         if len(pairs) > SHOWN:
-            screen.print(f"and {plural(len(pairs) - SHOWN, f'more {unit}')} on which it is {what} (--json lists all)")
+            more = plural(len(pairs) - SHOWN, f"more {unit}")
+            screen.print(f"and {more} on which it is {verdict} (--json lists all)")
     _print_settings(screen, names, settings)
 
 
 def _print_metrics(screen: Console, metrics: Mapping[str, Difference]) -> None:
     rows = []
-    for key, differs in metrics.items():
+    for key, change in metrics.items():
         info = info_of(key)
-        rows.append([info.label, info.text(differs.a), info.text(differs.b), info.worth(differs.as_change())])
+        rows.append([info.label, info.text(change.a), info.text(change.b), info.worth(change.as_change())])
     print_table(screen, ["metric", "A", "B", "B − A"], rows)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
 ROWS_OF_MODEL = 64
 MOST_ERROR = 300
 """Characters of a failed grade that are printed."""
+READING = ("data.encoding", "data.suffixes", "data.bad_rows", "data.limits")
+"""Options that say how rows are read."""
+Reading = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
+]
+NumRows = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Rows taken, evenly over the file (default: all; with --model 64, but all where some are kept)."
+    ),
+]
 Say = Callable[[str], None]
 Tick = Callable[[str, int, int], None]
 
@@ -46,21 +59,21 @@ def grade(
     ] = None,
     samples: Annotated[int, typer.Option(min=2, max=64, help="Answers of the model to each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.1, max=2, help="Of the model's answers.")] = 1.0,
-    rows: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Rows taken, evenly over the file (default: all; with --model 64, but all with --keep)."
-        ),
-    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.1, max=2, help="Higher: the model's answers vary more.")] = 1.0,
+    rows: NumRows = None,
     passes: Annotated[float, typer.Option("--pass", help="Least reward of an answer that counts as right.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the model's answers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random numbers by which answers are drawn.")] = 0,
     keep: Annotated[
-        str | None, typer.Option(metavar="LOW:HIGH", help="Write the rows whose mean reward is in it to --out.")
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help="Write rows of a mean reward from LOW to HIGH to --out."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File of the rows that --keep keeps.")] = None,
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best", help="Write the rows to --out as chats with the model's best answer.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File of the rows that are kept.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over --out.")] = False,
     page: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures.")] = None,
+    settings: Reading = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -73,14 +86,14 @@ def grade(
     tunesmith grade prompts.jsonl --grader grader.json --model HuggingFaceTB/SmolLM2-135M-Instruct --page
     tried.html
     """
-    bounds = _bounds(keep, out, model, page, overwrite)
+    bounds = _bounds(keep, out, model, page, overwrite, best=keep_best)
     screen = console(stderr=True)
 
     def say(words: str) -> None:
         screen.print(visible(words), style="bright_black")
 
-    loaded, every = _read(data, grader, model, offline)
-    num = min(rows or (ROWS_OF_MODEL if model and not keep else len(every)), len(every))
+    loaded, every = _read(data, settings or [], grader, model, say, offline=offline)
+    num = min(rows or (ROWS_OF_MODEL if model and bounds is None else len(every)), len(every))
     prompts = [every[i * len(every) // num] for i in range(num)]
     if num < len(every):
         say(f"{num:,} of {plural(len(every), 'row')} are taken, evenly over the file (--rows)")
@@ -91,7 +104,7 @@ def grade(
     names = {"data": data, "grader": grader, "target": model}
     judged = _show(prompts, graded, passes, page, say, names, as_json=as_json)
     if bounds is not None and out is not None:
-        _keep(prompts, graded, bounds, out, say)
+        _keep(prompts, graded, bounds, out, say, best=keep_best)
     if any(entry.refuses for entry in judged):
         raise typer.Exit(InputError.exit_code)
 
@@ -110,18 +123,27 @@ class _Drawing:
     temperature: float
 
 
-def _read(data: str, grader: str, model: str | None, offline: bool) -> tuple[Grader, list[Prompt]]:
+def _read(
+    path: str, settings: Sequence[str], grader: str, model: str | None, say: Say, *, offline: bool
+) -> tuple[Grader, list[Prompt]]:
     """The grader and all rows. Raises InputError, before anything heavy is loaded."""
     from tunesmith.cli.display import pinned
     from tunesmith.graders import schema
-    from tunesmith.graders.prompts import read_prompts
-    from tunesmith.recipe.schema import Data, DataFile
+    from tunesmith.graders.prompts import read_as, read_prompts
+    from tunesmith.recipe import load as recipes
+    from tunesmith.recipe.schema import DataFile
 
     loaded = schema.load(grader)
     if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(loaded).values()):
         raise InputError(f"{grader}: length in tokens: they are a model's. Give --model, or count words.")
-    every = read_prompts([pinned(Data(train=(DataFile(path=data),)), offline=offline).train[0].path])
+    if other := [setting for setting in settings if not setting.startswith(READING)]:
+        raise InputError(f"--set {other[0]}: only options of reading do something here: {', '.join(READING)}.")
+    data = recipes.load(None, settings).data.model_copy(update={"train": (DataFile(path=path),)})
+    every, num_left_out = read_prompts(pinned(data, offline=offline))
     schema.check_variables(loaded, every[0].item, grader)
+    notes = [f"{plural(num_left_out, 'row')} left out (data.bad_rows: skip)"] if num_left_out else []
+    for note in [*notes, *read_as(every[0].item)]:
+        say(f"note: {note}")
     return loaded, every
 
 
@@ -146,8 +168,8 @@ def _graded(
     if drawing is not None:
         refuse_missing(drawing.model, drawing.root, offline=drawing.offline)
     with Pool(grader, scorer_of=_scorer(root, offline)) as pool, phases(console(stderr=True)) as tick:
-        if any(child.closes_network and not child.offline for child in pool.children.values()):
-            say("note: this system lets no ordinary program close its network, so the grader's code has one")
+        for text in pool.notes:
+            say(f"note: {text}")
         answers = [*played(prompts)]
         if drawing is not None:
             answers = _with_model(drawing, prompts, answers, say, tick)
@@ -178,16 +200,22 @@ def _show(
 
 
 def _bounds(
-    keep: str | None, out: Path | None, model: str | None, page: Path | None, overwrite: bool
+    keep: str | None, out: Path | None, model: str | None, page: Path | None, overwrite: bool, *, best: bool
 ) -> tuple[float, float] | None:
-    """The bounds of --keep. Raises InputError for options that do not go together, and a page that is none."""
+    """The bounds of the mean reward of rows that are kept: of --keep, or with --keep-best alone none. Raises
+    InputError for options that do not go together, and a page that is none."""
     if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.parent.is_dir()):
-        raise InputError(f"--page {page}: not a page in a folder that is there. Give FILE.html.")
-    if keep is None and out is None:
+        raise InputError(f"--page {page}: has to be FILE.html in a folder that exists. Choose another name.")
+    if keep is None and out is None and not best:
         return None
-    if keep is None or out is None or model is None:
-        raise InputError("grade: --keep, --out and --model go together: rows are kept by what the model's answers get.")
+    if out is None or model is None or not (keep or best):
+        raise InputError(
+            "grade: --keep or --keep-best, --out and --model go together: rows are kept by what the answers of the "
+            "model get."
+        )
     refuse_existing(out, overwrite=overwrite)
+    if keep is None:
+        return -math.inf, math.inf
     low, colon, high = keep.partition(":")
     try:
         bounds = float(low), float(high)
@@ -225,7 +253,7 @@ def _with_model(
     if cut > 0.05 * len(drawn):
         say(f"note: {cut:,} of {plural(len(drawn), 'answer')} were cut at {most} tokens: --max-tokens")
     counted = [(kind, i, replace(entry, tokens=source.num_tokens(entry.text))) for kind, i, entry in played]
-    of_model = [(i, Answer(entry.text, entry.calls, entry.ended, entry.tokens)) for i, entry in drawn]
+    of_model = [(i, Answer(entry.text, entry.calls, entry.ended, entry.tokens, entry.prefix)) for i, entry in drawn]
     return counted + [(MODEL, i, answer) for i, answer in of_model]
 
 
@@ -247,6 +275,10 @@ def _draw(values: JsonObject, judged: Sequence[Verdict]) -> None:
         places = listed(dict.fromkeys(entry["source"] for entry in error["first"]), 3)
         screen.print(visible(f"{error['num']:,} without reward, {FAILURES[error['kind']]}: {places}"))
         screen.print(visible(f"  of {PLAYED[first['of']]}: {_end(first['error'])}"))
+    for entry in values["left_out"]:
+        first = f"{entry['source']}, {PLAYED[entry['of']]}: {entry['value']}"
+        where = f"{entry['num']:,} of {plural(values['grades'], 'grade')}, the first of {first}"
+        screen.print(visible(f"score {entry['name']} is no finite number in {where}: left out of its mean"))
     is_alike = len({entry[REWARD_KEY] for entry in (*values["best"], *values["worst"])}) < 2
     for title in () if is_alike else ("best", "worst"):
         screen.print(f"{title}:")
@@ -263,16 +295,37 @@ def _end(error: str) -> str:
 
 
 def _keep(
-    prompts: Sequence[Prompt], graded: Sequence[Graded], bounds: tuple[float, float], out: Path, say: Say
-) -> None:
-    """Write the rows whose mean reward of the model's answers is within the bounds."""
+    prompts: Sequence[Prompt], graded: Sequence[Graded], bounds: tuple[float, float], out: Path, say: Say,
+    *, best: bool,
+) -> None:  # fmt: skip
+    """Write the rows whose mean reward of the model's answers is within the bounds. `best`: as chats, each with
+    the best of its answers that have ended."""
+    from tunesmith.evaluation.graded_scores import mean
     from tunesmith.graders.trial import MODEL, by_row
 
     low, high = bounds
-    rewards = by_row([entry for entry in graded if entry.kind == MODEL])
-    chosen = [prompts[i].item for i, group in rewards.items() if low <= sum(group) / len(group) <= high]
+    of_model = [entry for entry in graded if entry.kind == MODEL]
+    rewards = by_row(of_model)
+    chosen = [i for i, group in rewards.items() if low <= mean(group) <= high]
+    items: list[Record] = [prompts[i].item for i in chosen]
+    words = "are" if math.isinf(high) else f"have a mean reward from {low:g} to {high:g} and are"
+    if best:
+        winners = {i: winner for i in chosen if (winner := _winner(entry for entry in of_model if entry.row == i))}
+        items = [_chat_of(prompts[i], winner.answer) for i, winner in winners.items()]
+        words = f"{words.removesuffix('are')}have an answer that ended: the best of each is"
     with writing(out) as file:  # plain JSON: a text such as "NaN" stays as the row has it
-        file.writelines(orjson.dumps(item, default=str, option=orjson.OPT_APPEND_NEWLINE) for item in chosen)
-    say(
-        f"{len(chosen):,} of {plural(len(prompts), 'row')} have a mean reward from {low:g} to {high:g} and are in {out}"
-    )
+        file.writelines(orjson.dumps(item, default=str, option=orjson.OPT_APPEND_NEWLINE) for item in items)
+    say(f"{len(items):,} of {plural(len(prompts), 'row')} {words} in {out}")
+
+
+def _winner(entries: Iterable[Graded]) -> Graded | None:
+    """The first answer of the highest reward, of those that ended; None: there is none."""
+    ended = [entry for entry in entries if entry.answer.ended and entry.grade.reward is not None]
+    return max(ended, key=lambda entry: entry.grade.reward or 0.0, default=None)
+
+
+def _chat_of(prompt: Prompt, answer: Answer) -> Record:
+    """A row of task chat: the prompt, and this answer to it."""
+    calls = {"tool_calls": list(answer.tools)} if answer.tools else {}
+    turns = [*prompt.messages, {"role": "assistant", "content": answer.text, **calls}]
+    return {"messages": turns, **({"tools": list(prompt.tools)} if prompt.tools else {})}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.streams import console
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError
 from tunesmith.phrases import did_you_mean, visible
 from tunesmith.runs import events
@@ -69,7 +69,7 @@ Grader = Annotated[
 ]
 Teacher = Annotated[
     str | None,
-    typer.Option(metavar="RUN|MODEL|URL", help="Task distil: the model to learn from, of the same vocabulary."),
+    typer.Option(metavar="RUN|MODEL|URL", help="Task distil: the model to learn from, with the same vocabulary."),
 ]
 Track = Annotated[
     list[str] | None,

@@ -208,5 +208,6 @@ def _summarize(counts: Counts, out: Path | None, say: Callable[[str], None], *, 
         json_line({"kind": "result", "out": str(out), "answered": counts.answered, "errors": counts.errors})
     done = plural(counts.answered, "row") + " answered" + (f", in {out}" if out is not None else "")
     if counts.errors:
-        done += f"; {plural(counts.errors, 'row')} could not be, and {'says' if counts.errors == 1 else 'say'} why"
+        verb = "says" if counts.errors == 1 else "say"
+        done += f"; {plural(counts.errors, 'row')} could not be, and {verb} why"
     say(done)

@@ -257,10 +257,7 @@ def _report(run: Run) -> JsonObject | None:
 def _measures(screen: Console, series: RunSeries, report: Record | None) -> None:
     if series.steps:
         values = [step.value for step in series.steps.values()]
-        num = min(max(10, len(values) // 10), (len(values) + 1) // 2)  # one step may have a single row
-        first, last = fmean(values[:num]), fmean(values[-num:])
-        means = f"means of the first and the last {num} of {plural(series.step, 'step')}"
-        screen.print(f"training {series.aim} {loss(first)} → {loss(last)}: {means}")
+        screen.print(f"training {series.aim} {training_curve(values, series.step)}")
     if len(series.curve) == 1:
         screen.print(f"held-out {series.aim} of the untouched model {loss(series.curve[0])}")
     elif series.curve:
@@ -274,6 +271,15 @@ def _measures(screen: Console, series: RunSeries, report: Record | None) -> None
         if len(series.samples) > MOST_RUN_ANSWERS:
             screen.print(f"{MOST_RUN_ANSWERS} of {len(series.samples):,} answers; the report has all")
         screen.print(answers_table(series.samples, width=min(screen.width, 120), most=MOST_RUN_ANSWERS))
+
+
+def training_curve(values: Sequence[float], steps: int) -> str:
+    """The means of the first and of the last values of a run of so many steps, which share none."""
+    if len(values) == 1:
+        return f"{loss(values[0])} in {plural(steps, 'step')}"
+    num = min(max(10, len(values) // 10), len(values) // 2)  # one step may have a single row
+    means = "the first and the last" if num == 1 else f"means of the first and the last {num}"
+    return f"{loss(fmean(values[:num]))} → {loss(fmean(values[-num:]))}: {means} of {plural(steps, 'step')}"
 
 
 def _tail(screen: Console, run: Run) -> None:

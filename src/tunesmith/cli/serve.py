@@ -17,7 +17,7 @@ from rich.console import Console
 from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, named, refuse_missing
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import InputError
 from tunesmith.phrases import one_line, plural, visible
 from tunesmith.runs.folder import is_run

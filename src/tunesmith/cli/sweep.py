@@ -14,7 +14,7 @@ from tunesmith.cli.options import Json, Offline, Quiet, Root
 from tunesmith.cli.render import print_table
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
-from tunesmith.environment import refuse_ranks
+from tunesmith.environment.process import refuse_ranks
 from tunesmith.errors import Stopped
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.phrases import command, plural, visible

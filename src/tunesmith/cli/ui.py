@@ -48,7 +48,7 @@ def ui(
     tunesmith ui --port 8001 --data ~/rows --no-browser
     """
     if os.name != "posix":
-        raise InputError("ui: runs on Linux and macOS only. `tunesmith serve` has a page to chat everywhere.")
+        raise InputError("ui: runs on Linux and macOS only. `tunesmith serve` has a chat page on every system.")
     if not data.is_dir():
         raise InputError(f"--data: {data}: is no folder. Make it, or name another.")
     check_extra("serve")
@@ -121,7 +121,7 @@ def _say(bound: BoundSocket, link: str, output: ServerOutput) -> None:
     if output.quiet:
         output.screen.print(link, soft_wrap=True)
         return
-    output.screen.print("Open this link; it is good once:\n", style="bold")
+    output.screen.print("Open this link; it works once:\n", style="bold")
     output.screen.print(f"  {link}\n", soft_wrap=True)
     who = "this machine only" if bound.is_loopback else "every machine that reaches this address"
     output.screen.print(f"Pages for {who}. Ctrl-C ends them; runs that were started go on.")

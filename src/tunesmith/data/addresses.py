@@ -25,8 +25,9 @@ import orjson
 
 from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, is_about, suffix_of
 from tunesmith.data.problems import refusal
-from tunesmith.environment import install_command
-from tunesmith.errors import DataError, StorageError, hub_failures, one_line, why_refused
+from tunesmith.environment.hub import hub_failures, why_refused
+from tunesmith.environment.packages import install_command
+from tunesmith.errors import DataError, StorageError, one_line
 from tunesmith.phrases import did_you_mean, listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import TEMPORARY, clean, free_bytes, storing, write_atomic
@@ -76,7 +77,7 @@ def is_address(path: str) -> bool:
 
 
 def register(address: str, files: Sequence[RemoteFile]) -> None:
-    """Let the files of an address be opened."""
+    """Register the files of an address, so that they may be opened."""
     REGISTERED.update({address: files, **{file.address: [file] for file in files}})
 
 
@@ -144,7 +145,7 @@ def short_name(path: str) -> str:
 
 
 def _cost(missing: Sequence[RemoteFile], *, is_kept: bool) -> str:
-    """The cost of reading files of which these are missing: bytes to download, and bytes of disk."""
+    """The cost of reading files of which some are missing here: bytes to download, and bytes of disk."""
     if not missing:
         return "all here"
     if is_kept:
@@ -213,7 +214,7 @@ def _remembered(text: str) -> tuple[str, Sequence[RemoteFile]] | None:
 
 
 def _listed_as(uri: Any) -> list[str]:
-    """The addresses, as they were given, by which a data set of the hub was listed before on this machine."""
+    """The addresses under which a data set of the hub was listed before on this machine."""
     names: set[str] = set()
     for path in _listing_path("").parent.glob("*.json") if uri else ():
         with suppress(OSError, ValueError, TypeError):
@@ -283,7 +284,7 @@ def _patterns(given: Any) -> dict[str, list[str]]:
 
 
 def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFile]]:
-    """Files by splits that words in their names say; all files are the split train where no name has one."""
+    """Files by split, from words in their names. Where no name has such a word, all are the split train."""
     splits: dict[str, list[RemoteFile]] = {}
     for file in _rows_at(given, [root]):
         folder, _, name = file.address.removeprefix(root).lower().rpartition("/")
@@ -297,7 +298,7 @@ def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFi
 
 
 def _chosen(given: str, what: str, words: Mapping[str, str], names: Iterable[str], usual: str) -> str:
-    """The subset or split that was given, or the one that is meant if none was. Raises DataError."""
+    """The subset or split that was named, or the obvious one if none was. Raises DataError."""
     names, named = list(names), words.get(what)
     if named in names:
         return str(named)

@@ -25,19 +25,22 @@ class DrawnSource(Source):
 
 
 def answer_row(
-    prompt_T: NDArray[np.int32], answer: Sequence[int], values_NC: NDArray[np.float32], source: DrawnSource
+    prompt_T: NDArray[np.int32],
+    answer: Sequence[int],
+    source: DrawnSource,
+    values_NC: NDArray[np.float32] | None = None,
 ) -> Row:
-    """A row of a prompt and its answer. Every token of the answer is learnt, the one that ended it too."""
+    """The row of a prompt and its answer. Every token of the answer is learnt, also the token that ended it."""
     ids_T = np.concatenate([prompt_T, np.array(answer, np.int32)])
     return Row(ids_T, np.arange(len(ids_T)) >= len(prompt_T), source, values_NC=values_NC)
 
 
 class AnswerStore:
-    """Rows in memory, as steps and batches read a `RowStore`. `divisor`: of the loss of the step that all of
-    them make; answers that teach nothing have their share in it, and no row."""
+    """Rows in memory that steps and batches read like a `RowStore`. `divisor`: of the loss of their step.
+    Answers that teach nothing count in it, but have no row."""
 
     def __init__(self, rows: Sequence[Row], divisor: float) -> None:
-        self.rows = tuple(rows)
+        self.rows = list(rows)
         self.lengths = np.array([len(row.ids) for row in rows], np.int32)
         self.targets = np.array([row.trained.sum() for row in rows], np.int32)
         self.denominators = np.zeros(len(rows))

@@ -38,7 +38,8 @@ def side_encoder(settings: EncoderSettings) -> RowEncoder:
 
 
 class BranchEncoder(RowEncoder):
-    """Encodes each branch behind its stem as a row, by the encoder of a side, and joins them to one row."""
+    """Encodes each branch of a row behind its stem, with the encoder of one side, and joins the results to one
+    row."""
 
     names: tuple[str, ...] = SIDES
     """Names of the lines of a row that has one for each name, for messages."""
@@ -58,7 +59,8 @@ class BranchEncoder(RowEncoder):
 
     def lines(self, example: Example) -> list[Example]:
         """Each branch behind the stem; an example without branches as it is."""
-        return [replace(example, parts=(*example.parts, *branch), branches=()) for branch in example.branches or ((),)]
+        branches = example.branches or ((),)
+        return [replace(example, parts=(*example.parts, *branch), branches=()) for branch in branches]
 
     def row(self, example: Example, sides: Sequence[tuple[Example, Drafts]]) -> Drafts:
         """The row of all lines and their drafts, or what is wrong with one of them."""
@@ -203,12 +205,12 @@ class EmbeddingEncoder(BranchEncoder):
 
 
 def text_key(ids_T: NDArray[np.int32]) -> int:
-    """A number of 64 bits for a text, a hash of its tokens."""
+    """A 64-bit hash of the tokens of a text."""
     return int.from_bytes(hashlib.blake2b(ids_T.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
 def pooled(num_tokens: int, kind: str, first: int = 0) -> NDArray[np.bool_]:
-    """[T], the tokens of a text that its vector is made of, from `first` on."""
+    """[T], the tokens of a text that are pooled into its vector, from `first` on."""
     at, first = np.arange(num_tokens), min(first, num_tokens - 1)
     return at == {"cls": first, "last": num_tokens - 1}[kind] if kind in ("cls", "last") else at >= first
 

@@ -36,7 +36,10 @@ def lines_of(row: Row) -> list[Row]:
 
 def line_tokens(row: Row) -> int:
     """Tokens of all lines of a row."""
-    return len(row.ids) + (len(row.branches) - 1) * (len(row.ids) - sum(row.branches)) if row.branches else len(row.ids)
+    if not row.branches:
+        return len(row.ids)
+    stem = len(row.ids) - sum(row.branches)
+    return len(row.ids) + (len(row.branches) - 1) * stem
 
 
 def partner_line(row: Row, other: Row, max_tokens: int) -> Row:

@@ -257,7 +257,8 @@ class ChatEncoder(RowEncoder):
         return expanded(text, images[: num_images(messages)], self._placeholders, several=len(images) > 1)
 
     def _shows_lists_alone(self) -> bool:
-        """Whether the template shows a text in a list of pieces, and as a text of its own leaves it out."""
+        """Whether the template shows a text that comes as a list of pieces, and leaves out one that comes as a
+        string."""
         question = {"role": "user", "content": SENTINEL}
         texts = []
         for messages in ([question], as_lists([question])):
@@ -274,10 +275,8 @@ class ChatEncoder(RowEncoder):
 def _first_token(
     source: Source, whole: str, turn: Turn, tokens: Tokens, *, served: int | None, warnings: list[Problem]
 ) -> int | Problem:
-    """The first trained token of a turn; a Problem when it is not one that serving lets the model write.
-
-    `served`: tokens of the prompt that serving feeds, where the whole text begins with them.
-    """
+    """The first trained token of a turn, or a Problem if serving would not let the model write this token.
+    `served`: tokens of the prompt in serving, if the whole text begins with them."""
     if served is not None and turn.start == turn.prompt and not whole[turn.start : turn.start + 1].isspace():
         return served  # nearly always: the answer begins behind the prompt's own tokens
     first = tokens.num_until(turn.start)
@@ -344,10 +343,8 @@ def find_turn(render: Render, messages: Sequence[Message], index: int, *, whole:
 
 
 def closings(render: Render, question: Message) -> tuple[str, str]:
-    """The text behind an answer to `question`: at the end of a conversation, and before a next question.
-
-    The second is "" for a template that takes one question only.
-    """
+    """The texts that follow an answer to `question`: at the end of a conversation, and before another question.
+    The second is "" for a template that takes only one question."""
     answer = _bare("assistant")
     _, last = _around(render([question, answer], False))
     try:
@@ -358,7 +355,8 @@ def closings(render: Render, question: Message) -> tuple[str, str]:
 
 
 def _verbatim(message: Message, index: int, prompt: str, whole: str, ends: Sequence[str]) -> Turn | None:
-    """The common case without a further render: prompt, the message as it is, a text that closes a turn."""
+    """Find the turn without another rendering, as is usually possible: prompt, the message as it is, a text
+    that closes a turn."""
     text = message.get("content")
     if not isinstance(text, str) or not text or len(message) > 2 or not whole.startswith(text, len(prompt)):
         return None
@@ -418,7 +416,7 @@ def _is_of(found: str, text: str, message: Message) -> bool:
 
 
 def not_shown(message: Message, text: str) -> list[str]:
-    """The fields of a message, of those that hold what the assistant wrote, that a rendered text leaves out."""
+    """The fields with words of the assistant that a message has and its rendered text lacks."""
     calls = message.get("tool_calls") or ()
     names = [str(call.get("function", call).get("name", "")) for call in calls if isinstance(call, Mapping)]
     fields = ["tool_calls"] if any(name not in text for name in names) else []
@@ -477,7 +475,7 @@ def find_stops(
 
 
 def _end_of_tool_call(render: Render, control: ControlTokens, close: str) -> list[int]:
-    """The id that closes a turn with a tool call, where it is not closed as an answer is."""
+    """The id that closes a turn with a tool call, where another token closes an answer."""
     try:
         text = render([PROBE_QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], False)
     except TemplateRefusal:  # a template without tools

@@ -27,7 +27,7 @@ RENDERING_S = 20.0
 
 
 class TemplateRefusal(Exception):
-    """The template raised: it does not take these messages. Its text is the template's own, as a sentence."""
+    """Raised where the template refuses these messages. The text is the template's own, as a sentence."""
 
 
 class ChatTemplate:

@@ -323,7 +323,7 @@ class _Check:
             self._hear(problem)
 
     def _repeats(self, first_I: NDArray[np.int64], repeats_I: NDArray[np.bool_], side: Side, code: str) -> None:
-        """Report the first of those rows that repeat a training row, numbered in `first_I`; count all."""
+        """Report the first rows that repeat a training row, whose numbers are in `first_I`, and count all."""
         is_error = code == "overlap" and self._data.overlap == "error"
         severity: Literal["error", "warning"] = "error" if is_error else "warning"
         rows_I = np.flatnonzero(repeats_I)
@@ -429,7 +429,7 @@ def spans_of(row: Row, decode: Callable[[Sequence[int]], str]) -> tuple[Span, ..
 
 
 def spans_of_texts(example: Example) -> tuple[Span, ...]:
-    """The texts of an example and its labels, before any template; labels are shown as trained."""
+    """The texts of an example and its labels, before any template. Labels count as trained."""
     if example.shape == "tokens_tags":
         pairs = zip(example.parts, example.labels, strict=True)
         return tuple(span for part, tag in pairs for span in ((f"{part.text} ", False), (f"{tag} ", True)))
@@ -447,4 +447,6 @@ def spans_of_texts(example: Example) -> tuple[Span, ...]:
 
 def _said(part: Part, *, named: bool) -> list[Span]:
     name = f"{part.role}: " if named else ""
-    return [(name, False), (part.text, True), ("\n", False)] if part.trained else [(f"{name}{part.text}\n", False)]
+    if part.trained:
+        return [(name, False), (part.text, True), ("\n", False)]
+    return [(f"{name}{part.text}\n", False)]

@@ -1,7 +1,8 @@
 """Rows as the tensors of a micro-batch: targets shifted, rows padded or packed, tokens masked for a masked
 language model."""
 
-# B rows, L lines, K branches, T tokens, N targets, U tokens of the decoder, V values
+# B rows, T tokens, N targets, U tokens of the decoder, V values of a row
+# L lines: a row with K branches is a line for each branch, see `data.branches`; any other row is one line
 
 from __future__ import annotations
 
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
 
     from tunesmith.data.dataset import RowStore
 
-Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
-"""Targets of a row: flat positions in the micro-batch that predict, and what each of them predicts."""
+PlacedTargets = tuple[NDArray[np.int64], NDArray[np.generic]]
+"""Targets of a row: the flat positions in the micro-batch that predict, and what each of them predicts."""
 BatchImages = Callable[[Iterable[Sequence[ImageRef]]], tuple[BatchImage, ...]]
 """See `data.images.batch_images`."""
 LinesOf = Literal["all", "learnt", "partners"]
 """Lines of a row with a partner: its own, which are learnt; its prompt with the partner's answer; or both."""
 RANDOM_BEYOND, KEPT_BEYOND = 0.8, 0.9
-"""Draws in [0, 1) from which on a chosen token becomes a random one instead of the mask, and stays as it is."""
+"""A chosen token gets a random number in [0, 1). From the first bound on it becomes a random token instead of
+the mask; from the second on it stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +56,25 @@ class Masking:
         ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
         return cls(int(tokenizer.mask_token_id), np.array(ordinary, np.int64), share, seed)
 
-    def apply(self, row: Row, *, num: int, draw: int, index: int, copy: int = 0) -> Row:
-        """Mask `num` of a row's trained tokens: a pure function of (seed, draw, index, copy).
+    def apply(self, row: Row, *, num: int, step: int, index: int, copy: int = 0) -> Row:
+        """Mask `num` of a row's trained tokens: a pure function of (seed, step, index, copy).
 
-        `index` is any whole number that names the row, `copy` numbers its copies in one draw.
+        `index` is any whole number that identifies the row; `copy` numbers its copies in one step.
         """
         trained_positions = np.flatnonzero(row.trained)
 
         def hashes(purpose: int) -> NDArray[np.uint64]:
-            """A number drawn for each trained token, for one of three purposes."""
-            return sort_keys(trained_positions, self.seed, draw, salt=4 * index + purpose, copy=copy)
+            """A random number for each trained token, for one of three purposes."""
+            return sort_keys(trained_positions, self.seed, step, salt=4 * index + purpose, copy=copy)
 
         chosen = np.sort(np.argsort(hashes(1), kind="stable")[:num])  # places in `trained_positions`
         chosen_N = trained_positions[chosen]
-        draws_N = (hashes(2) / 2.0**64)[chosen]
+        uniform_N = (hashes(2) / 2.0**64)[chosen]
         random_N = self.ordinary_ids[(hashes(3) % np.uint64(len(self.ordinary_ids))).astype(np.int64)[chosen]]
         ids_T = row.ids.astype(np.int64)
         originals_N = ids_T[chosen_N]
-        replaced_N = np.where(draws_N < RANDOM_BEYOND, self.mask_id, random_N)
-        ids_T[chosen_N] = np.where(draws_N < KEPT_BEYOND, replaced_N, originals_N)
+        replaced_N = np.where(uniform_N < RANDOM_BEYOND, self.mask_id, random_N)
+        ids_T[chosen_N] = np.where(uniform_N < KEPT_BEYOND, replaced_N, originals_N)
         trained_T = np.zeros(len(ids_T), np.bool_)
         trained_T[chosen_N] = True
         return replace(row, ids=ids_T.astype(np.int32), trained=trained_T, labels=originals_N)
@@ -104,18 +106,18 @@ class Collator:
     image_token: int | None = None
     """See `prefixes.prefix_keys`."""
 
-    def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
+    def batch(self, members: Sequence[int], *, step: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
         """Make the batch of rows of the store: `members` are their indices.
 
         Args:
-            draw: numbers the maskings of a row. In a step it is the step, and masks follow from a row's index
-                in the store; for measuring it is 0, and they follow from the content of its example, so that
-                they are the same in another file, order or run.
+            step: the step, which decides masks together with a row's index in the store. 0: rows are measured,
+                and masks follow from the content of their examples, so that they are the same in another file,
+                order or run.
             copies: see `sampler.copies_in`; empty: each row is there once.
-            lines: which lines of rows with partners.
+            lines: the lines to make of rows with partners.
         """
         copies = tuple(copies) or (0,) * len(members)
-        rows = [self._row(index, draw, copy) for index, copy in zip(members, copies, strict=True)]
+        rows = [self._row(index, step, copy) for index, copy in zip(members, copies, strict=True)]
         lines_of_rows = [self._lines(index, row, lines) for index, row in zip(members, rows, strict=True)]
         all_lines = [line for row_lines in lines_of_rows for line in row_lines]
         batch = build_batch(
@@ -136,43 +138,46 @@ class Collator:
     def _images(self, rows: Sequence[Row]) -> tuple[BatchImage, ...]:
         if not any(row.images for row in rows):
             return ()
-        table = self.store.images
-        assert table is not None, "a store of rows with images has them"
+        by_number = self.store.images
+        assert by_number is not None, "a store of rows with images has them"
         assert self.batch_images is not None, "rows with images were encoded for a model that sees"
-        return self.batch_images([[table[number] for number in row.images] for row in rows])
+        return self.batch_images([[by_number[number] for number in row.images] for row in rows])
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
-        targets = self.store.learnt
-        if targets.partners_I is None or lines == "learnt":
+        row_targets = self.store.learnt
+        if row_targets.partners_I is None or lines == "learnt":
             return lines_of(row)
-        partner = self.store.row(int(targets.partners_I[index]))
-        with_its_answer = partner_line(row, partner, targets.partner_tokens)
-        return [with_its_answer] if lines == "partners" else [*lines_of(row), with_its_answer]
+        partner = self.store.row(int(row_targets.partners_I[index]))
+        line_of_partner = partner_line(row, partner, row_targets.partner_tokens)
+        return [line_of_partner] if lines == "partners" else [*lines_of(row), line_of_partner]
 
     def _with_lines(self, batch: Batch, rows: Sequence[Row], lines_of_rows: Sequence[Sequence[Row]]) -> Batch:
-        """A batch that was built of lines, with the line and the row of each target,
-        the rows' values and reference."""
+        """Add to a batch that was built of lines the line and the row of each target, and the values of each
+        row: its own, then the reference of each branch."""
         reference_IK, device = self.store.learnt.reference_IK, batch.row_of_N.device
-        reference_BK = np.zeros((len(rows), 2)) if reference_IK is None else reference_IK[list(batch.row_indices)]
+        reference_BK = np.zeros((len(rows), 2))
+        if reference_IK is not None:
+            reference_BK = reference_IK[list(batch.row_indices)]
         values_BV = np.concatenate([np.array([row.values for row in rows], np.float64), reference_BK], axis=1)
         row_of_line = np.repeat(np.arange(len(rows)), list(map(len, lines_of_rows)))
         float_type = torch.float32 if device.type == "mps" else torch.float64
         keys_L = np.array([key for row in rows for key in row.keys], np.int64)
         return replace(
             batch,
-            line_of_N=batch.row_of_N,  # `build_batch` took each line for a row
+            line_of_N=batch.row_of_N,  # `build_batch` got lines, and counted each as a row
             row_of_N=_on_device(torch.from_numpy(row_of_line), device)[batch.row_of_N],
             values_BV=_on_device(torch.from_numpy(values_BV).to(float_type), device),
             keys_L=_on_device(torch.from_numpy(keys_L), device) if len(keys_L) else None,
         )
 
-    def _row(self, index: int, draw: int, copy: int) -> Row:
+    def _row(self, index: int, step: int, copy: int) -> Row:
         """A row of the store, masked if the model learns masked tokens."""
         row = self.store.row(index)
         if self.masking is None:
             return row
-        num_masked, name = int(self.store.denominators[index]), index if draw else self._content_number(index)
-        return self.masking.apply(row, num=num_masked, draw=draw, index=name, copy=copy)
+        num_masked = int(self.store.denominators[index])
+        identity = index if step else self._content_number(index)
+        return self.masking.apply(row, num=num_masked, step=step, index=identity, copy=copy)
 
     def _content_number(self, index: int) -> int:
         """A number for the content of a row: the content hash of its example plus the number of the window."""
@@ -199,10 +204,11 @@ def build_batch(
     """Make the tensors of one micro-batch. Targets are shifted here and nowhere else: position t predicts token
     t + 1 of its row.
 
-    Rows with labels are not shifted: a label is predicted at its own position; nor are tokens that
-    are pooled. An encoder–decoder reads the source, and its decoder reads `decoder_start` and the
-    target without its last token. Options mean what those of `Collator` do. `row_indices`: where the
-    rows are in the store, for `Batch`.
+    Labels and pooled tokens are not shifted: each is predicted at its own position. An encoder–decoder reads
+    the source; its decoder reads `decoder_start` and the target without its last token.
+
+    `rows`: whole rows, or their lines, which are laid out as rows are. `row_indices`: the places of the rows in
+    the store, for `Batch`. Options mean the same as in `Collator`.
     """
     has_decoder, is_packed = layout == "encoder_decoder", layout == "packed"
     inputs = [_source(row) if has_decoder else row.ids for row in rows]
@@ -214,15 +220,15 @@ def build_batch(
         mask_BT = None
     else:
         positions_BT = np.broadcast_to(np.arange(longest), ids_BT.shape)
-        # Padding is known by length, never by id: the padded id is a real token, but no target or mask has it.
+        # Padding is recognised by length, never by id: `pad_id` may be a token that texts contain.
         mask_BT = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
     decoder_ids_BU = None
-    learnt = [_learnt(row, int(start), pools=pools) for row, start in zip(rows, starts, strict=True)]
+    placed = [_placed_targets(row, int(start), pools=pools) for row, start in zip(rows, starts, strict=True)]
     if has_decoder:
         assert decoder_start is not None, "the model does not say which token its decoder starts from"
         targets = [row.ids[n:] for row, n in zip(rows, lengths, strict=True)]
-        decoder_ids_BU, learnt = _decoder(targets, decoder_start, pad_id=pad_id)
-    counts = [len(places) for places, _ in learnt]
+        decoder_ids_BU, placed = _decoder(targets, decoder_start, pad_id=pad_id)
+    counts = [len(places) for places, _ in placed]
     values = [row.values_NC for row in rows if row.values_NC is not None]
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
@@ -235,8 +241,8 @@ def build_batch(
         positions_BT=tensor(positions_BT),
         mask_BT=None if mask_BT is None else tensor(mask_BT),
         lengths=tuple(len(row.ids) for row in rows),
-        predict_N=tensor(np.concatenate([places for places, _ in learnt])),
-        targets_N=tensor(np.concatenate([targets for _, targets in learnt])),
+        predict_N=tensor(np.concatenate([places for places, _ in placed])),
+        targets_N=tensor(np.concatenate([targets for _, targets in placed])),
         row_of_N=tensor(np.repeat(np.arange(len(rows)), counts)),
         row_indices=tuple(row_indices),
         types_BT=tensor(_types(rows, starts, ids_BT)) if has_types else None,
@@ -245,14 +251,14 @@ def build_batch(
     )
 
 
-def _learnt(row: Row, start: int, *, pools: bool) -> Learnt:
+def _placed_targets(row: Row, start: int, *, pools: bool) -> PlacedTargets:
     """The targets of a row that begins at flat position `start`: labels and pooled tokens at their own
     position, other tokens at the position before."""
     if pools:
         return start + np.flatnonzero(row.trained), row.ids[row.trained]
     if row.labels is not None:
         return start + np.flatnonzero(row.trained), row.labels
-    return start + np.flatnonzero(row.trained[1:]), row.ids[1:][row.trained[1:]]
+    return start + np.flatnonzero(row.trained[1:]), row.ids[1:][row.trained[1:]]  # the shift
 
 
 def _source(row: Row) -> NDArray[np.int32]:
@@ -262,12 +268,14 @@ def _source(row: Row) -> NDArray[np.int32]:
 
 def _decoder(
     targets: Sequence[NDArray[np.int32]], start_id: int, *, pad_id: int
-) -> tuple[NDArray[np.generic], list[Learnt]]:
+) -> tuple[NDArray[np.generic], list[PlacedTargets]]:
     """Decoder inputs [B, U] and targets: each target token is predicted from the tokens before it."""
     inputs = [np.concatenate([[start_id], ids[:-1]]) for ids in targets]
     starts, ids_BU = _laid_out(inputs, is_packed=False, pad_id=pad_id)
-    learnt: list[Learnt] = [(start + np.arange(len(ids)), ids) for start, ids in zip(starts, targets, strict=True)]
-    return ids_BU, learnt
+    placed: list[PlacedTargets] = [
+        (start + np.arange(len(ids)), ids) for start, ids in zip(starts, targets, strict=True)
+    ]
+    return ids_BU, placed
 
 
 def _types(rows: Sequence[Row], starts: NDArray[np.int64], ids_BT: NDArray[np.generic]) -> NDArray[np.int64]:
@@ -293,9 +301,9 @@ def _laid_out(
 
 
 def pads_to_multiple(layout: Layout, *, device: str, precision: str) -> bool:
-    """Whether packed batches are padded to a multiple: oneDNN compiles bfloat16 products for each
-    new shape on a CPU, and numbers of tokens hardly ever repeat. With short rows of an encoder,
-    compiling took a quarter of a step."""
+    """Whether packed batches are padded to a multiple: on a CPU oneDNN compiles bfloat16 products for each new
+    shape, and numbers of tokens hardly ever repeat. With short rows of an encoder, compiling took a quarter of
+    a step."""
     return layout == "packed" and device == "cpu" and precision == "bfloat16"
 
 

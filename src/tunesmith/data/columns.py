@@ -1,5 +1,5 @@
-"""Fields that have other names than ours: what their values hold, which may be read without a word, and hints
-for the others. See docs/guide/data.md, "Other names"."""
+"""Columns with other names than our fields: what they hold, which of them can be read as our fields at once,
+and hints for the others. See docs/guide/data.md, "Other names"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from tunesmith.data.addresses import is_address
-from tunesmith.data.formats import FORMATS, SHAPES, find_shape, task_of_rows
+from tunesmith.data.formats import FORMATS, PAIR_TASKS, SHAPES, WRITTEN, find_shape, learns_chats, task_of_rows
+from tunesmith.data.formats.other_names import (
+    ANSWER_NAMES,
+    LABEL_NAMES,
+    NAMES_ABOUT,
+    QUESTION_NAMES,
+    SPEAKER_NAMES,
+    TEXT_NAMES,
+)
 from tunesmith.data.problems import as_yaml, names, paste
 from tunesmith.data.read import read
 from tunesmith.errors import DataError, WayOut
@@ -36,28 +44,8 @@ Values = Literal["text", "label", "number", "name", "other"]
 """Contents of a column. label: few values that repeat; name: short texts that differ; other: a counter, dates,
 addresses, ids, one value, nothing, or what is neither text nor number."""
 
-_PAIRS = (
-    ("question", "answer"), ("question", "response"), ("query", "answer"), ("query", "response"),
-    ("prompt", "response"), ("prompt", "answer"), ("prompt", "output"), ("input", "output"), ("problem", "solution"),
-)  # fmt: skip
-"""Names of what is said and of its answer, read as prompt and completion."""
-_SPEAKERS = (("user", "assistant"), ("human", "assistant"), ("user", "bot"), ("human", "bot"))
-"""Names of two who speak, read as a turn of a chat."""
-_ANSWERS = ("response", "answer", "completion")
-"""Names of the answer to an instruction, whose context is its input."""
-_TEXTS = (
-    "text", "comment", "review", "sentence", "body", "content", "message", "tweet", "post", "headline", "title",
-    "commenttext", "reviewtext", "reviewbody", "tweettext", "comments", "feedback", "description", "document",
-)  # fmt: skip
-_LABELS = (
-    "label", "labels", "sentiment", "category", "class", "topic", "rating", "intent", "stars", "emotion", "labelname",
-    "tag", "score", "target",
-)  # fmt: skip
-_ABOUT = {
-    "id", "title", "url", "uri", "link", "source", "author", "name", "date", "time", "timestamp", "lang", "language",
-    "license", "split", "dataset", "domain", "meta", "metadata", "subset", "path", "file", "filename",
-}  # fmt: skip
-"""Names of what is about a text, rather than its class."""
+_OF_CLASSES, _OF_TEXTS, _OF_PAIRS = map(task_of_rows, ("text_label", "text", "prompt_completion"))
+"""The tasks of rows with a class, of texts alone, and of texts with answers, where no task is named."""
 _IS_ID = re.compile(r"(?i:(^|[\W_])(id|nr|no|uuid|guid))$|[a-z]I[dD]$")
 _OTHER = re.compile(
     r"[a-z][a-z0-9+.-]*://\S+|www\.\S+|\S+@\S+\.\S+|[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}|[0-9a-f]{16,}"
@@ -71,7 +59,7 @@ _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """Columns, ours to yours, and what is learnt from them."""
+    """Columns, by our name for each, and what is learnt from them."""
 
     columns: dict[str, str]
     learns: str
@@ -81,8 +69,8 @@ class Meaning:
     by_number: bool = False
 
     def __str__(self) -> str:
-        option = paste(self.columns, task=self.task) + (" --set data.label_kind=number" if self.by_number else "")
-        return f"To learn {self.learns}: {option}."
+        number_kind = " --set data.label_kind=number" if self.by_number else ""
+        return f"To learn {self.learns}: {paste(self.columns, task=self.task)}{number_kind}."
 
     @property
     def way(self) -> WayOut:
@@ -97,8 +85,8 @@ class Meaning:
 
 
 def sample(rows: Iterable[Record]) -> list[JsonObject]:
-    """The first rows, until one that cannot be read, in bounded memory: of each its first fields, of texts
-    their beginnings."""
+    """The first rows, until one that cannot be read. To bound memory, only the first fields of a row are taken,
+    and the beginnings of texts."""
     shortened: list[JsonObject] = []
     num_chars = 0
     with suppress(DataError):  # which is said when its rows are read
@@ -118,11 +106,12 @@ def sample_of(file: DataFile, data: Data) -> list[JsonObject]:
 
 
 def _ignore(problem: Problem) -> None:
-    """A problem that is said when rows are read for another purpose."""
+    """Ignore a problem: it is reported when rows are read to be used."""
 
 
 def values_of(rows: Sequence[Record]) -> dict[str, Values]:
-    """Classify each column of a sample by its values, in their order; none whose name nobody would type."""
+    """The contents of each column of a sample, by its values. Columns whose names nobody would type are left
+    out."""
     columns = dict.fromkeys(name for row in rows for name in row if len(name) <= LONGEST_NAME)
     return {name: "other" if _IS_ID.search(name) else _values([row.get(name) for row in rows]) for name in columns}
 
@@ -138,9 +127,8 @@ def _values(column: Sequence[Any]) -> Values:
     if _repeat(texts) or of_lists:  # of lists any number of classes hold
         return "label" if _repeat(texts) else "other"
     if _share(_NUMBER, texts) == 1:
-        return (
-            "other" if len(set(texts)) == len(texts) and not any(set(text) & set(".,") for text in texts) else "number"
-        )
+        are_whole = not any(set(text) & set(".,") for text in texts)
+        return "other" if are_whole and len(set(texts)) == len(texts) else "number"  # a counter, or numbers
     if _share(_OTHER, texts) + _share(_ID, texts) > 0.9 or len(set(texts)) * 2 < len(texts):
         return "other"
     num_words, num_chars = sum(len(text.split()) for text in texts), sum(map(len, texts))
@@ -152,7 +140,7 @@ def _share(pattern: re.Pattern[str], texts: Sequence[str]) -> float:
 
 
 def _repeat(texts: Sequence[str]) -> bool:
-    """Whether texts are few and short, and come again: numbers each three times, others twice."""
+    """Whether texts are few and short and repeat: each twice on average, numbers three times."""
     times = 3 if _share(_NUMBER, texts) == 1 else 2
     distinct = set(texts)
     return 2 <= len(distinct) <= 200 and len(distinct) * times <= len(texts) and max(map(len, distinct)) <= 60
@@ -163,9 +151,12 @@ def _length(rows: Sequence[Record], name: str) -> float:
 
 
 def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
-    """Guess what rows of unknown fields are for, likeliest first, at most two; none if values do not say."""
+    """Guess what rows with unknown fields are for: at most two meanings, likeliest first; none if values do not
+    say."""
     kinds = values_of(rows)
-    by: dict[Values, list[str]] = {kind: [name for name in kinds if kinds[name] == kind] for kind in kinds.values()}
+    by: dict[Values, list[str]] = {}
+    for name, kind in kinds.items():
+        by.setdefault(kind, []).append(name)
     texts, labels, names = by.get("text", []), by.get("label", []), by.get("name", [])
     if not texts and names:  # a phrase each
         texts = [max(names, key=lambda name: _length(rows, name))]
@@ -173,11 +164,12 @@ def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
     if not texts:
         return []
     longest = max(texts, key=lambda name: _length(rows, name))
-    labels = sorted(labels, key=lambda name: _plain(name) not in _LABELS)
-    maybe = [name for name in names if len(rows) < FEW_COLUMN_ROWS and _plain(name) not in _ABOUT]
+    labels = sorted(labels, key=lambda name: _plain(name) not in LABEL_NAMES)
+    short = [name for name in names if _plain(name) not in NAMES_ABOUT]
+    maybe = short if len(rows) < FEW_COLUMN_ROWS else []
     classes = [_class_of(longest, name) for name in labels or maybe]
     numbers = [_class_of(longest, name, by_number=True) for name in by.get("number", [])]
-    pair = [name for name in kinds if name in (texts if len(texts) > 1 else [*texts, *maybe])]
+    pair = [name for name in kinds if name in (texts if len(texts) > 1 else [*texts, *short])]
     if len(pair) > 2:
         pair = sorted(sorted(pair, key=lambda name: -_length(rows, name))[:2], key=list(kinds).index)
     both = [_pair(pair[0], pair[1], task), _pair(pair[1], pair[0], task)] if len(pair) == 2 else []
@@ -186,16 +178,16 @@ def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
         first, second = usual.columns.values()
         rest = [name for name in texts if name not in (first, second)]
         both = [_pair(first, second, task), _pair(second, first, task)]
-        if rest and task in (None, "chat", "generate"):
+        if rest and learns_chats(task):
             columns = {"instruction": first, "input": rest[0], "output": second}
             both = [Meaning(columns, f"to write `{second}` from `{first}` and `{rest[0]}`"), *both]
-    alone = [Meaning({"text": longest}, f"the text of `{longest}` itself", "text")]
-    if task == "classify":
+    alone = [Meaning({"text": longest}, f"the text of `{longest}` itself", _OF_TEXTS)]
+    if task == _OF_CLASSES:
         ordered = classes or numbers
-    elif task == "text":
+    elif task == _OF_TEXTS:
         ordered = alone
     elif task is not None:
-        ordered = both[:1] if task in _FIELDS else []
+        ordered = both[:1] if task in PAIR_TASKS else []
     elif labels:
         ordered = [*classes[:1], *(both[:1] if len(texts) > 1 else classes[1:] or alone)]
     else:
@@ -203,24 +195,14 @@ def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
     return ordered[:MOST_SUGGESTED]
 
 
-_FIELDS: dict[TaskName | None, tuple[tuple[str, str], str]] = {
-    None: (("prompt", "completion"), "to write `{1}` from `{0}`"),
-    "chat": (("prompt", "completion"), "to answer `{0}` with `{1}`"),
-    "generate": (("prompt", "completion"), "to write `{1}` from `{0}`"),
-    "summarize": (("document", "summary"), "to sum up `{0}` as `{1}`"),
-    "embed": (("anchor", "positive"), "that `{1}` belongs to `{0}`"),
-}
-"""Fields of two texts, and what is learnt from them, by task."""
-
-
 def _pair(first: str, second: str, task: TaskName | None) -> Meaning:
-    fields, learns = _FIELDS.get(task, _FIELDS[None])
+    fields, learns = PAIR_TASKS.get(task or "", WRITTEN)
     return Meaning(dict(zip(fields, (first, second), strict=True)), learns.format(first, second))
 
 
 def _class_of(text: str, label: str, *, by_number: bool = False) -> Meaning:
     what = "the number" if by_number else "the class"
-    return Meaning({"text": text, "label": label}, f"{what} `{label}` of `{text}`", "classify", by_number)
+    return Meaning({"text": text, "label": label}, f"{what} `{label}` of `{text}`", _OF_CLASSES, by_number)
 
 
 def _plain(name: str) -> str:
@@ -228,7 +210,7 @@ def _plain(name: str) -> str:
 
 
 def usual_meaning(rows: Sequence[Record], task: TaskName | None) -> Meaning | None:
-    """Map fields with other tools' usual names to ours; None where the values do not make that clear."""
+    """Map fields with the usual names of other tools to ours; None where the values do not make it clear."""
     if not rows or _is_whole(rows[0], task):
         return None
     kinds, named = values_of(rows), dict[str, str]()
@@ -244,8 +226,8 @@ def usual_meaning(rows: Sequence[Record], task: TaskName | None) -> Meaning | No
     if any(not isinstance(row.get(name), str) for row in rows for name in used) and chat:
         return None
     # Another text may be what matters: the user decides.
-    rest = [name for name in kinds if name not in used and kinds[name] == "text" and _plain(name) not in _ABOUT]
-    return None if rest else meaning
+    other_texts = [name for name in kinds if name not in used and kinds[name] == "text"]
+    return meaning if all(_plain(name) in NAMES_ABOUT for name in other_texts) else None
 
 
 def _is_whole(row: Record, task: TaskName | None) -> bool:
@@ -257,17 +239,17 @@ def _is_whole(row: Record, task: TaskName | None) -> bool:
 
 
 def _usual_pair(named: Mapping[str, str], task: TaskName | None) -> Meaning | None:
-    if task not in (None, "chat", "generate"):
+    if not learns_chats(task):
         return None
-    pairs = [(first, second) for first, second in (*_SPEAKERS, *_PAIRS) if first in named and second in named]
-    answers = [name for name in _ANSWERS if name in named] if "instruction" in named else []
+    pairs = [pair for pair in (*SPEAKER_NAMES, *QUESTION_NAMES) if all(name in named for name in pair)]
+    answers = [name for name in ANSWER_NAMES if name in named] if "instruction" in named else []
     if len(pairs) + len(answers) != 1:
         return None
     rest = {"system": named["system"]} if "system" in named else {}
     if answers:
         extra = {"input": extra_name} if (extra_name := named.get("input", named.get("context"))) else {}
         columns = {"instruction": named["instruction"], **extra, "output": named[answers[0]], **rest}
-    elif rest or pairs[0] in _SPEAKERS:
+    elif rest or pairs[0] in SPEAKER_NAMES:
         columns = {"instruction": named[pairs[0][0]], "output": named[pairs[0][1]], **rest}
     else:
         columns = dict(zip(("prompt", "completion"), map(named.__getitem__, pairs[0]), strict=True))
@@ -275,11 +257,11 @@ def _usual_pair(named: Mapping[str, str], task: TaskName | None) -> Meaning | No
 
 
 def _usual_classes(named: Mapping[str, str], kinds: Mapping[str, Values], task: TaskName | None) -> Meaning | None:
-    texts = [named[name] for name in _TEXTS if name in named and kinds[named[name]] in ("text", "name")]
-    if task == "text":
-        return Meaning({"text": texts[0]}, "the text itself", "text") if len(texts) == 1 else None
-    labels = [named[name] for name in _LABELS if name in named and kinds[named[name]] == "label"]
-    if task not in (None, "classify") or len(labels) != 1 or (task is None and "text" in named):
+    texts = [named[name] for name in TEXT_NAMES if name in named and kinds[named[name]] in ("text", "name")]
+    if task == _OF_TEXTS:
+        return Meaning({"text": texts[0]}, "the text itself", _OF_TEXTS) if len(texts) == 1 else None
+    labels = [named[name] for name in LABEL_NAMES if name in named and kinds[named[name]] == "label"]
+    if task not in (None, _OF_CLASSES) or len(labels) != 1 or (task is None and "text" in named):
         return None
     title = named.get("title", "")
     fields = ("text", "text_pair") if len(texts) == 2 and title in texts else ("text",)
@@ -287,7 +269,7 @@ def _usual_classes(named: Mapping[str, str], kinds: Mapping[str, Values], task: 
         return None
     texts.sort(key=lambda name: name != title)
     columns = {**dict(zip(fields, texts, strict=True)), "label": labels[0]}
-    return Meaning(columns, f"the class `{labels[0]}`", "classify")
+    return Meaning(columns, f"the class `{labels[0]}`", _OF_CLASSES)
 
 
 TURNS = ("messages", "conversations")
@@ -318,20 +300,18 @@ def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapp
     takes = ", or ".join(map(" and ".join, wanted))
     if not suggested and (nested := next((name for name, value in record.items() if isinstance(value, dict)), None)):
         suggested = f"{nested!r} is an object: write its texts as fields of the row."
-    if not suggested and (rows := next((name for name, value in record.items() if _are_rows(value)), None)):
-        suggested = f"{rows!r} is a list of objects: if they are the rows, give a file of that list alone."
+    lists = {name: value for name, value in record.items() if isinstance(value, list) and len(value) > 1}
+    of_objects = [name for name in lists if all(isinstance(entry, dict) for entry in lists[name][:MOST_COLUMNS])]
+    if not suggested and of_objects:
+        suggested = f"{of_objects[0]!r} is a list of objects: if they are the rows, give a file of that list alone."
     fields = ", ".join(f"{ours}: ..." for ours in (wanted[-1] if task else ("prompt", "completion")))
     takes = f"A row has {takes}; name yours by --set 'data.columns={{{fields}}}'."
     return "unknown_shape", message, suggested or takes
 
 
 def _is_prose(value: Any) -> bool:
-    """A text that is no list in JSON, as a cell of a table may be."""
+    """Whether a value is a text, and not a list in JSON, as a cell of a table may be."""
     return isinstance(value, str) and not value.lstrip().startswith("[")
-
-
-def _are_rows(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(one, dict) for one in value[:MOST_COLUMNS])
 
 
 @lru_cache(maxsize=1)  # rows of a file mostly have the same fields
@@ -356,13 +336,14 @@ def ask_text_or_classes(data: Data) -> DataError | None:
             continue
         kinds = {name: kind for name, kind in values_of(rows).items() if name != text}
         few = len(rows) < FEW_COLUMN_ROWS
-        labels = [name for name, kind in kinds.items() if kind == "label" and (few or _plain(name) not in _ABOUT)]
-        labels.sort(key=lambda name: _plain(name) not in _LABELS)
-        labels += [name for name in kinds if _plain(name) in _LABELS and name not in labels]
+        labels = [name for name, kind in kinds.items() if kind == "label"]
+        labels = [name for name in labels if few or _plain(name) not in NAMES_ABOUT]
+        labels.sort(key=lambda name: _plain(name) not in LABEL_NAMES)
+        labels += [name for name in kinds if _plain(name) in LABEL_NAMES and name not in labels]
         texts = [name for name, kind in kinds.items() if few and kind in ("name", "text")]
-        maybe = [name for name in texts if _plain(name) not in _ABOUT]
+        maybe = [name for name in texts if _plain(name) not in NAMES_ABOUT]
         if label := next(iter([*labels, *maybe]), None):
-            of_class, of_text = _class_of(text, label), WayOut({"task": "text"}, "Learn the text itself")
+            of_class, of_text = _class_of(text, label), WayOut({"task": _OF_TEXTS}, "Learn the text itself")
             return DataError(
                 f"{file.path}: the rows are text, and have {label!r}. Is the text to be learnt, or its class? "
                 f"{of_class} To learn the text itself: {set_words(of_text.settings)}.",
@@ -372,9 +353,11 @@ def ask_text_or_classes(data: Data) -> DataError | None:
 
 
 def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], str] | None:
-    """data.columns where none is given and files have usual names of others, and how each is read.
+    """data.columns, and how each column is read, where none are given and files have the usual names of other
+    tools.
 
-    None: none is needed, or it is not clear, or files differ. Without a task the first file decides for all.
+    None: no column has to be renamed, or it is not clear which, or files differ. Without a task the first file
+    decides for all.
     """
     if data.columns:
         return None
@@ -385,7 +368,7 @@ def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], st
         meaning = usual_meaning(rows, task)
         if task is None and rows:
             shape = find_shape(rows[0])
-            task = meaning.task or "chat" if meaning else task_of_rows(shape) if shape else None
+            task = meaning.task or _OF_PAIRS if meaning else task_of_rows(shape) if shape else None
         if meaning is None:
             continue
         if any(columns.get(ours, theirs) != theirs for ours, theirs in meaning.columns.items()):

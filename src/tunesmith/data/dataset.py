@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
@@ -261,13 +260,8 @@ class RowStore:
             folder.mkdir(parents=True, exist_ok=True)
             for path in _paths(self.folder, self.key):
                 target = folder / path.name
-                if target.exists() or not path.exists():
-                    continue
-                try:
-                    os.link(path, target)
-                except OSError:
-                    with open(path, "rb") as source, disk.writing(target) as copy:
-                        shutil.copyfileobj(source, copy, 1 << 20)
+                if path.exists() and not target.exists():
+                    disk.link_or_copy(path, target)
             disk.fsync_dir(folder)
 
     def discard(self) -> None:

@@ -36,10 +36,8 @@ Drafts: TypeAlias = list[Draft] | Problem
 
 
 def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
-    """The drafts of several lines as one, with what they begin with kept once.
-
-    A stem too short to be computed apart stays in each line.
-    """
+    """Join the drafts of several lines into one, with their common beginning once. A stem that is too short to
+    be computed apart stays in each line."""
     stem = min(int(np.append(draft.trained_T, True).argmax()) for draft in drafts)
     first = drafts[0].ids_T
     for other in drafts[1:]:

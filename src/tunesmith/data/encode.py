@@ -34,7 +34,8 @@ from tunesmith.data.examples import content_hash, examples, input_hash
 from tunesmith.data.problems import SKIP, SKIPPING, num_refused, refused
 from tunesmith.data.read import OnProblem
 from tunesmith.data.renderer import Renderer
-from tunesmith.environment import num_cpus, spawning
+from tunesmith.environment.children import spawning
+from tunesmith.environment.process import num_cpus
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.phrases import plural
 from tunesmith.recipe.schema import Data, DataFile
@@ -113,7 +114,7 @@ def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Exa
 
 
 def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
-    """The rows of a chunk, whatever came before it. Raises as `Renderer.encode`."""
+    """Encode the rows of a chunk, independently of earlier chunks. Raises as `Renderer.encode`."""
     vocabulary: dict[str, int] = {}
     problems: list[Problem] = []
     encoded: list[tuple[Row, int, int, int]] = []
@@ -173,7 +174,7 @@ def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Calla
 
 @contextmanager
 def _alive() -> Iterator[None]:
-    """Raise `TunesmithError` where a process ended, in the middle of a message too."""
+    """A block that raises `TunesmithError` if a process ends, even in the middle of a message."""
     try:
         yield
     except (EOFError, OSError) as error:
@@ -189,7 +190,7 @@ def _rows_from(process: Connection) -> Encoded:
 
 
 def _encode_for(parent: Connection) -> None:
-    """Encode for another process, which sends a renderer and then chunks, and end with it."""
+    """Encode chunks for another process, which sends a renderer first, and end when that process ends."""
     sent = SimpleQueue[Any]()
 
     def read() -> None:
@@ -244,7 +245,8 @@ def _ahead(items: Iterator[T], num: int) -> Iterator[T]:
 
 
 def num_processes(data: Data, num_bytes: int) -> int:
-    """The number of processes that encode files of `num_bytes`: data.num_proc, or as many as they are worth."""
+    """The number of processes that encode files of `num_bytes`: data.num_proc, or as many as this size is
+    worth."""
     return data.num_proc or (min(num_cpus(), MOST_PROCESSES) if num_bytes >= WORTH_BYTES else 1)
 
 

@@ -293,7 +293,7 @@ def _unplaced_images(record: Record, source: Source, shape: Shape) -> list[Probl
 
 
 def _reference(record: JsonObject, shape: Shape, source: Source) -> Any:
-    """The row's own answer, which a prediction is compared with; None: it has none."""
+    """The row's own answer, with which a prediction is compared; None: it has none."""
     if shape in _ANSWER:
         return record.get(_ANSWER[shape])
     parsed = FORMATS[shape].parse(record, source) if shape != "text" else ()

@@ -27,7 +27,7 @@ FEW_HELD = 30
 
 
 def choose_share(num_rows: int) -> Choice:
-    """Share of rows that is held out where none is given: enough to measure on, and most are left to learn."""
+    """The share of rows to hold out where none is given: enough to measure on, while most rows are learnt."""
     share = LEAST_SHARE
     if num_rows:
         share = max(LEAST_SHARE, min(USUAL_SHARE, 2 * FLOOR_ROWS / num_rows), min(MOST_SHARE, FLOOR_ROWS / num_rows))
@@ -167,7 +167,7 @@ def measured(hashes_I: NDArray[np.uint64], classes_I: NDArray[np.int64], most: i
 
 
 def firsts(among_I: NDArray[np.uint64], of_I: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each of `of_I` the first place in `among_I` that holds it; -1: none does."""
+    """For each value in `of_I` the first place in `among_I` that holds it; -1: there is none."""
     values, places = np.unique(among_I, return_index=True)
     if not len(values):
         return np.full(len(of_I), -1)

@@ -59,7 +59,10 @@ class ImageWriter:
                 self._hashes[image.number] = image.sha256
                 new.append(image)
             elif known != image.sha256:
-                raise DataError(f"{image}: its hash begins as another image's. Save it anew.")
+                raise DataError(
+                    f"{image}: its hash begins like the hash of another image, so rows cannot name both. "
+                    "Save it again, in another format."
+                )
         if not new:
             return
         if self._sink is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,17 @@ from tunesmith.data.drafts import Draft, Drafts
 from tunesmith.data.renderer import ignore_cut
 from tunesmith.errors import DataError
 from tunesmith.types import Example, Problem
+
+_OPENED = re.compile(r"<(?:think|thinking|thought|reason|reasoning|analysis|scratchpad)>\s*\Z", re.IGNORECASE)
+LAST_TOKENS = 16
+"""Tokens at the end of a prompt in which an opened tag is looked for."""
+
+
+def begun_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The tag of reasoning that a template opens at the end of a prompt, such as "<think>\\n": an answer goes on
+    behind it and lacks it. "" where there is none."""
+    opened = _OPENED.search(tokenizer.decode(list(ids[-LAST_TOKENS:])))
+    return opened[0] if opened else ""
 
 
 class PromptEncoder(ChatEncoder):

@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.data.detect_format import FileFacts, distinct, open_packed
 from tunesmith.data.problems import refusal
 from tunesmith.data.read_json import BadRow, OnBadRow, nul_character, too_long
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
 

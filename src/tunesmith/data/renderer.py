@@ -97,7 +97,9 @@ class LengthLimit:
 
     def refusal(self, source: Source, what: str) -> Problem:
         """`what` is too long: "its 312 tokens"."""
-        fix = "Raise it, shorten the row, or set data.too_long: drop or cut." if self.too_long == "error" else ""
+        fix = ""
+        if self.too_long == "error":
+            fix = "Raise it, shorten the row, or set data.too_long: drop or cut."
         return Problem(source, "too_long", f"{what} are {self._rule}.", fix)
 
     def cut_warning(self, source: Source, what: str, *, cost: str) -> Problem:

@@ -59,7 +59,7 @@ def write_targets(
 
 
 def write_reference(store: RowStore, rows_I: NDArray[np.int64], values_IK: NDArray[np.float64]) -> None:
-    """Write the reference of these rows, in their order; that of other rows stays."""
+    """Write the reference of these rows, in their order. Other rows keep theirs."""
     before_IK = store.learnt.reference_IK
     reference_IK = np.full((len(store), values_IK.shape[1]), np.nan) if before_IK is None else before_IK.copy()
     reference_IK[rows_I] = values_IK

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 MicroBatch = tuple[int, ...]
 """Indices of the rows that go through the model together in one forward and backward."""
 MICRO_BATCH_COST, COST_ON_CARD = 64, 4096
-"""Cost of a micro-batch in addition to its tokens, in tokens: what a small model on a CPU computes in that
-time, or a card in the 40 to 90 ms that it takes to start all operations of a micro-batch."""
+"""Cost of a micro-batch in addition to its tokens, on a processor and on a card. It is counted in tokens: as
+many as a small model computes in the time that a micro-batch takes to start, 40 to 90 ms on a card."""
 MOST_READ = 4
-"""Times its tokens that the rows of a micro-batch may have where prefixes are shared: each row keeps the keys
-of its prefix."""
+"""Limit where prefixes are shared: the whole rows of a micro-batch may have this many times the tokens that are
+computed. Each row keeps the keys of its prefix in memory, though the prefix is computed once."""
 MULTIPLE = 32
-"""Tokens that the size of a padded packed micro-batch is a multiple of: an eighth of one of short rows, nothing
-of a large one."""
+"""The tokens of a padded packed micro-batch are a multiple of this. Padding is up to an eighth of a micro-batch
+of short rows, and next to nothing of a large one."""
 ORDER_VERSION = "2"
-"""Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its
-own only. In version 1 seed s + 1 gave the order of seed s with every row number lowered by one."""
+"""Version of the numbers of `sort_keys`, by which rows are ordered and tokens masked: a run resumes with the
+same version only. In version 1, seed s + 1 gave the order of seed s with every row number lowered by one."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -58,16 +58,17 @@ class StepSampler:
     targets_I: NDArray[np.int32] | None = None
     """For an encoder–decoder: tokens of each row that its decoder reads, which are padded apart from others."""
     sources_I: NDArray[np.int64] | None = None
-    """Number of each row's source, where a fraction of each source is taken; None: of all rows of a weight."""
+    """Number of each row's source. A weight such as 0.5 takes this fraction of each source; None: of all rows
+    with this weight, whatever their source."""
     keys_of: Callable[[int], Keys] | None = field(default=None, compare=False)
-    """Returns a row's `prefix_keys` where shared prefixes are computed once; micro-batches are then sized by
-    what is computed. None: rows are computed whole."""
+    """Returns a row's `prefix_keys` where shared prefixes are computed once: micro-batches are then filled by
+    the tokens that are computed. None: rows are computed whole."""
     part: tuple[int, int] = (0, 1)
-    """(rank, size): the share of a step that `step` gives, of as many as there are processes."""
+    """(rank, size): this process, and the number of processes. `step` returns its share of a step."""
     pass_cost: int = MICRO_BATCH_COST
     """Cost of a micro-batch besides its tokens, in tokens, see `pass_cost`."""
-    is_even: bool = False
-    """Every part of a step has to go through the model as often, see `idle`."""
+    equal_passes: bool = False
+    """Whether every process has to run as many micro-batches of a step as the others; see `idle`."""
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """A cache: it holds what follows from the other fields alone."""
 
@@ -92,9 +93,9 @@ class StepSampler:
         return self._part(step, self.part[0])
 
     def idle(self, step: int) -> list[MicroBatch]:
-        """Micro-batches of one row that this part computes in addition, for nothing, where `is_even`."""
+        """Micro-batches of one row that this part computes in addition, to no effect, where `equal_passes`."""
         rank, size = self.part
-        if not self.is_even or size == 1:
+        if not self.equal_passes or size == 1:
             return []
         numbers = [len(self._part(step, other)) for other in range(size)]
         return [(self.rows(step)[0],)] * (max(numbers) - numbers[rank])
@@ -171,7 +172,7 @@ class StepSampler:
 
 
 def pass_cost(device: object) -> int:
-    """Cost of a micro-batch on a device, or on a kind of it, besides its tokens, in tokens."""
+    """Cost of a micro-batch besides its tokens, in tokens. `device`: a device, or its kind."""
     return MICRO_BATCH_COST if str(device).startswith("cpu") else COST_ON_CARD
 
 
@@ -199,7 +200,8 @@ def make_micro_batches(
     if targets:
         sides_RS = np.array([np.subtract(lengths, targets), targets], np.int64).T
     order_R = np.lexsort((rows, -sides_RS.sum(1)))
-    return [tuple(rows[i] for i in order_R[cut]) for cut in _cut_padded(sides_RS[order_R], tokens_per_pass, cost)]
+    cuts = _cut_padded(sides_RS[order_R], tokens_per_pass, cost)
+    return [tuple(rows[i] for i in order_R[cut]) for cut in cuts]
 
 
 def copies_in(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
@@ -227,19 +229,24 @@ def make_sharing_micro_batches(rows: Sequence[int], keys: Sequence[Keys], *, tok
     for group in prefix_groups([keys[i] for i in order]):
         computed, read, unit = group.stop, 0, list[int]()
         for member in group.members:
-            more = computed + lengths[member] - group.stop, read + lengths[member]
-            if unit and _size(*more) > tokens_per_pass:
-                units.append((_size(computed, read), unit))
-                unit, more = [], (lengths[member], lengths[member])
+            with_member = computed + lengths[member] - group.stop, read + lengths[member]
+            if unit and _counted_tokens(*with_member) > tokens_per_pass:
+                units.append((_counted_tokens(computed, read), unit))
+                unit, with_member = [], (lengths[member], lengths[member])
             unit.append(member)
-            computed, read = more
-        units.append((_size(computed, read), unit))
+            computed, read = with_member
+        units.append((_counted_tokens(computed, read), unit))
     units.sort(key=lambda unit: (-unit[0], unit[1]))
-    batches = _fill_packed([size for size, _ in units], tokens_per_pass)
-    return [tuple(rows[order[at]] for at in sorted(at for i in members for at in units[i][1])) for members in batches]
+    batches: list[MicroBatch] = []
+    for members in _fill_packed([size for size, _ in units], tokens_per_pass):
+        places = sorted(place for i in members for place in units[i][1])
+        batches.append(tuple(rows[order[place]] for place in places))
+    return batches
 
 
-def _size(computed: int, read: int) -> int:
+def _counted_tokens(computed: int, read: int) -> int:
+    """The size of rows with shared prefixes for `tokens_per_pass`: what is computed, unless `MOST_READ` counts
+    more. `read`: the tokens of the whole rows."""
     return max(computed, -(-read // MOST_READ))
 
 
@@ -308,7 +315,8 @@ def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def copies(
     weights_I: NDArray[np.float64], sources_I: NDArray[np.int64] | None = None, *, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """Copies of each row in an epoch: w, and for a fraction w a part of the rows of that weight and source."""
+    """Copies of each row in an epoch. A whole weight is the number of copies; of a fraction as many rows of
+    that weight and source get one copy more."""
     whole_I = np.floor(weights_I).astype(np.int64)
     part_I = weights_I - whole_I
     sources_I = np.zeros(len(part_I), np.int64) if sources_I is None else sources_I

@@ -54,7 +54,7 @@ _VIEWS = (KeysView, ValuesView, ItemsView)
 
 
 class TooMuch(Exception):
-    """A template computes more than it may: the words that follow "its chat template "."""
+    """Raised where a template computes more than it may. Its text follows "its chat template "."""
 
 
 class TooLong(Exception):
@@ -158,7 +158,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TimeoutError
 
     def made(self, value: Any) -> Any:
-        """The value, whose size counts. Raises `TooMuch`."""
+        """Count the size of a value, and return it. Raises `TooMuch`."""
         self.turn()
         kind = type(value)
         if kind is GeneratorType:
@@ -176,7 +176,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             yield self._watched(value) if type(value) is GeneratorType else value
 
     def _size(self, value: Any) -> tuple[int, int]:
-        """(values, characters) of what a value writes, about. Raises `TooMuch`."""
+        """About how large the text of a value would be: (values, characters). Raises `TooMuch`."""
         if isinstance(value, (str, bytes)):
             return 1, _room(len(value))
         if not isinstance(value, (list, tuple, dict, *_VIEWS)):
@@ -199,7 +199,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value if type(value) is str and len(value) < SLOW_CHARS else self.made(value)
 
     def concat(self, parts: Iterable[str]) -> str:
-        """The text of a macro, of a block, of all. Raises `TooLong`."""
+        """Join the text of a macro, of a block or of the whole. Raises `TooLong`."""
         texts = list(parts)
         num = sum(map(len, texts))
         if num > TEXT_CHARS:
@@ -353,7 +353,8 @@ class _Dict:
 
 
 class _TemplateNamespace(Namespace):
-    """Holds no name with an underscore in front, and no other namespace: texts of circles have no end."""
+    """A namespace of a template. It takes no names that begin with an underscore, and no other namespace: the
+    text of a circle would have no end."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805, RUF100 (so that one may be named self)
         self, *values = args

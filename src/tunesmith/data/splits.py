@@ -77,7 +77,9 @@ class Splits:
     @property
     def found_again(self) -> str:
         """Rows that an earlier run or plan has encoded, by the hash of all that determines them; "": none."""
-        stores = {"training": self.store} | ({} if self.held_store is self.store else {"held-out": self.held_store})
+        stores = {"training": self.store}
+        if self.held_store is not self.store:
+            stores["held-out"] = self.held_store
         if not (reused := {what: store for what, store in stores.items() if store.reused}):
             return ""
         counts = " and ".join(f"{len(store):,} {what}" for what, store in reused.items())
@@ -231,7 +233,7 @@ def _labels(
 def refuse_bad(
     data: Data, stores: Sequence[RowStore], problems: Sequence[Problem], way: str = f"leave such rows out: {SKIP}"
 ) -> None:
-    """Raise for rows that cannot be used, unless the recipe says that they are left out."""
+    """Raise DataError for rows that cannot be used, unless the recipe says to skip them."""
     errors = refused(data, problems)
     if num_bad := sum(num_refused(data, store.summary.errors) for store in stores):
         left = f", or {way}" if all(map(len, stores)) else ": no row is left without them"
@@ -243,7 +245,8 @@ def refuse_bad(
 
 
 def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str]:
-    """Notes on rows that were left out or changed: the first problem of each code, and how many there are."""
+    """Notes on rows that were left out or changed: the first problem of each code, and the number of such
+    rows."""
     totals: Counter[str] = Counter()
     for store in stores:
         totals.update(store.summary.errors)
@@ -258,7 +261,7 @@ def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str
 
 
 def given_text(example: Example) -> str | None:
-    """The text of an example, for a person to read; None for a document, of which each row is a window."""
+    """The text of an example as a person reads it; None for a document, since its rows are windows."""
     if example.shape == "text":
         return None
     if example.shape == "tokens_tags":
@@ -290,7 +293,7 @@ def examples_at(files: Sequence[DataFile], data: Data, task: TaskName, sources: 
 def texts_of(
     files: Sequence[DataFile], data: Data, task: TaskName, store: RowStore, rows_I: NDArray[np.int64]
 ) -> dict[int, str]:
-    """The text of some rows, by their numbers; without those whose file is gone or says something else."""
+    """The texts of some rows, by the number of the row. Rows whose file is gone or has changed are left out."""
     wanted = {str(store.source(row)): row for row in map(int, rows_I)}
     if task == "text" or any(map(is_elsewhere, files)):
         return {}

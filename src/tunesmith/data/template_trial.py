@@ -18,7 +18,8 @@ from functools import lru_cache
 from itertools import product
 
 from tunesmith.data.sandbox import Sandbox, TooLong, TooMuch
-from tunesmith.environment import for_child, limit_process, python_words
+from tunesmith.environment.children import for_child, python_words
+from tunesmith.environment.process import limit_process
 from tunesmith.types import JsonObject
 
 TRIAL_LIMIT_S = 2.0

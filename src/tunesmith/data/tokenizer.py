@@ -311,6 +311,7 @@ def serialized(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:
-    """Any of some texts, the longest that matches at a place, as tokenizers do; of none, nothing matches."""
+    """A pattern of some texts: at a place the longest one matches, as for tokenizers. Without texts it matches
+    nothing."""
     longest_first = sorted({text for text in texts if text}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

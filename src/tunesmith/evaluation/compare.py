@@ -44,7 +44,7 @@ NEAR_POOL = (
     "among the documents of the measured rows alone"
 )
 OTHER_POOLS = (
-    "the two searched different documents, so their ranks and losses do not compare. Measure both on one file "
+    "the two searched different documents, so their ranks and losses cannot be compared. Measure both on one file "
     "with tunesmith eval"
 )
 CONSTANT_METRICS: Mapping[RowKind, tuple[str, ...]] = {
@@ -99,7 +99,7 @@ class Comparison:
     """Whether rows are documents, their windows added up."""
     same_targets: bool
     """False: the models split the texts into other tokens, so losses per token, perplexity and token accuracy
-    do not compare; bits per byte do."""
+    cannot be compared; bits per byte can."""
     loss_note: str
     """A note where the two weigh classes differently, or searched other documents; else empty."""
     metrics: dict[str, Difference]
@@ -148,7 +148,7 @@ def compare_rows(
             metrics = {**metrics, **paired(len(a), *unweighted)}
             loss_note = "the loss is compared without weights"
         else:
-            loss_note = "a row has one loss for all its words, so the losses do not compare"
+            loss_note = "a row has one loss for all its words, so the losses cannot be compared"
             del metrics["loss"]
         loss_note = _OTHER_WEIGHTS.format(loss_note)
     loss_note = loss_note or pool_note

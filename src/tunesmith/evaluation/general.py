@@ -108,7 +108,9 @@ def assess(before_loss: float, after_loss: float, moved: Interval) -> tuple[str,
     if not math.isfinite(moved["value"]):
         return f"General text: loss {before_loss:.4f} before, {after_loss:.4f} after: it is not a number.", True
     value, low, high = (f"{moved[end]:+.4f}" for end in ("value", "low", "high"))
-    times = f"{100 * math.expm1(moved['value']):+,.1f} %" if moved["value"] < 5 else "more than a hundred times as high"
+    times = "more than a hundred times as high"
+    if moved["value"] < 5:
+        times = f"{100 * math.expm1(moved['value']):+,.1f} %"
     line = (
         f"General text: loss {before_loss:.4f} before, {after_loss:.4f} after: {value} nats "
         f"(95 %: {low} to {high}; perplexity {times})"

@@ -18,27 +18,31 @@ MARK = "answer_rewards"
 """The key by which a row's result is known to be of this kind."""
 GRAM, MOST_TIMES = 4, 3
 """Words of a phrase, and times that an answer may have it without repeating itself."""
+NATS_AWAY = "nats_away"
+"""The key of how far answers are from the untouched model's, in the result of a row and among measures."""
+FAR_AWAY = 10.0
+"""Nats an answer from which on that is noted where rewards rose."""
 LONGER = 1 / 3
 """Share by which answers have grown or shrunk, from which on that is noted where rewards rose."""
 FEWER_ENDED = 0.05
 ALIKE = 0.7
 """Share of equal answers above which hardly a group has a spread."""
-HISTOGRAM_BINS = 10
+HISTOGRAM_BINS, MOST_POINTS = 10, 1000
 
 
-def graded_result(content: int, answers: Sequence[Record], passes: float) -> JsonObject | None:
+def graded_result(
+    content: int, answers: Sequence[Record], passes: float, nats_away: Sequence[float] = ()
+) -> JsonObject | None:
     """The result of one prompt, whose content hash is `content`, from its answers: {"text", "reward", "scores",
     "ended", "tokens"}. None where none of them has a reward.
 
     Its loss is minus its mean reward, which training makes smaller. `passes`: reward
-    of an answer that is right.
+    of an answer that is right. `nats_away`: log-ratio of each answer, by the model and by the untouched one.
     """
     scored = [answer for answer in answers if answer[REWARD_KEY] is not None]
     if not scored:
         return None
     rewards = [float(answer[REWARD_KEY]) for answer in scored]
-    names = sorted({name for answer in scored for name in answer["scores"]})
-    of_names = {name: [answer["scores"][name] for answer in scored if name in answer["scores"]] for name in names}
     texts = Counter(answer["text"].strip() for answer in answers)
     return {
         "hash": f"{content:016x}",
@@ -51,8 +55,9 @@ def graded_result(content: int, answers: Sequence[Record], passes: float) -> Jso
         "repeated": sum(repeats(answer["text"]) for answer in answers) / len(answers),
         "drawn": len(answers),
         "alike": sum(num for num in texts.values() if num > 1) / len(answers),
-        "scores": {name: mean(values) for name, values in of_names.items()},
+        "scores": mean_scores([answer["scores"] for answer in scored]),
         "answers": [dict(answer) for answer in answers],
+        **({NATS_AWAY: mean(nats_away)} if nats_away else {}),
     }
 
 
@@ -77,6 +82,8 @@ def graded_statistics(rows: Sequence[Record], _: Sequence[str], complete: bool) 
         "repeated": [row["repeated"] for row in rows],
         "alike": [row["alike"] for row in rows],
     }
+    if all(NATS_AWAY in row for row in rows):  # not by methods that keep no untouched model, nor by other versions
+        columns[NATS_AWAY] = [row[NATS_AWAY] for row in rows]
     statistics = {key: ratio(values) for key, values in columns.items()}
     if has_k.any():
         statistics["pass_k"] = ratio([pass_at(num, len(row[MARK]), row["right"]) for row in rows], has_k)
@@ -108,10 +115,18 @@ def mean(rewards: Sequence[float]) -> float:
     return math.fsum(rewards) / len(rewards)
 
 
+def mean_scores(of_answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each score by its name, over the answers that have it."""
+    names = sorted({name for scores in of_answers for name in scores})
+    return {name: mean([scores[name] for scores in of_answers if name in scores]) for name in names}
+
+
 def graded_details(rows: Sequence[Record], _: Sequence[str]) -> JsonObject:
-    """The histogram of all rewards."""
+    """The histogram of all rewards, and [tokens, reward] of answers."""
     counts, edges = np.histogram([reward for row in rows for reward in row[MARK]], bins=HISTOGRAM_BINS)
-    return {"rewards": {"counts": counts.tolist(), "edges": edges.tolist()}}
+    answers = [answer for row in rows for answer in row["answers"] if answer[REWARD_KEY] is not None]
+    lengths = [[int(answer["tokens"]), float(answer[REWARD_KEY])] for answer in answers[:MOST_POINTS]]
+    return {"rewards": {"counts": counts.tolist(), "edges": edges.tolist()}, "lengths": lengths}
 
 
 def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> Iterator[str]:
@@ -129,6 +144,11 @@ def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> I
         yield (
             f"{rose}, and answers went from {was['answer_tokens']:.0f} to {now['answer_tokens']:.0f} tokens: "
             "look whether their length wins, not what they say"
+        )
+    if now.get(NATS_AWAY, 0.0) > FAR_AWAY:
+        yield (
+            f"{rose}, and an answer is {now[NATS_AWAY]:.0f} nats away from the untouched model: read some. "
+            "reinforce.kl: 0.02 or a lower optim.lr holds it nearer"
         )
     if now["repeated"] > 2 * max(was["repeated"], 0.01):
         share, earlier = percent(now["repeated"], 0), percent(was["repeated"], 0)

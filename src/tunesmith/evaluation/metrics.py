@@ -148,6 +148,9 @@ METRICS: Mapping[str, MetricInfo] = {
     "repeated": MetricInfo(
         "repeated", "percent", "lower", "Answers with a phrase of four words more than three times."
     ),
+    "nats_away": MetricInfo(
+        "nats away", "ratio", "neither", "Log-ratio of an answer, by the model and by the untouched one."
+    ),
     "agreement": MetricInfo(
         "agreement", "percent", "higher", "Targets at which the teacher's likeliest token is the model's."
     ),

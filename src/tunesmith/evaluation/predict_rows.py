@@ -85,9 +85,9 @@ def predict_rows(
     mine = dealt[world.rank]
     with eval_mode(model):
         for _ in range(max(map(len, dealt)) - len(mine) if world.is_sharded else 0):  # ranks have equal passes
-            task.measure(model, collator.batch(batches[0], draw=0))
+            task.measure(model, collator.batch(batches[0], step=0))
         for members in map(batches.__getitem__, mine):
-            batch = collator.batch(members, draw=0)
+            batch = collator.batch(members, step=0)
             measured = (answering or task).measure(model, batch)
             done += len(members)
             progress(done, len(rows))

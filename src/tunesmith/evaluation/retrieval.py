@@ -2,8 +2,8 @@
 
 Documents are the positives and negatives of the measured rows and of others, each text once. Left out for an
 anchor is its own text, and what other rows say belongs to it: a row has one right document. A pool is the
-documents of some rows, and ranks in different pools do not compare; so each anchor is also ranked in the pool
-of the measured rows alone.
+documents of some rows, and ranks in different pools cannot be compared; so each anchor is also ranked in the
+pool of the measured rows alone.
 """
 
 # I rows, K texts of a row, M documents, D vector size

@@ -356,7 +356,8 @@ def _number_details(rows: Sequence[RowResult], _: Sequence[str]) -> JsonObject:
 
 def _tag_details(rows: Sequence[RowResult], classes: Sequence[str]) -> JsonObject:
     if mark_spans(classes):
-        types = sorted({kind for row in rows for key in ("tags", "predicted") for kind, _, _ in _spans(row[key])})
+        spans = [span for row in rows for key in ("tags", "predicted") for span in _spans(row[key])]
+        types = sorted({kind for kind, _, _ in spans})
         table = _table("type", types, *_span_counts(rows, types).sum(0))
     else:
         table = _table("type", classes, *_tag_counts(rows, classes).sum(1))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.environment.version import __version__
 from tunesmith.errors import ExportError, InputError, RecipeError
 from tunesmith.export import verify
 from tunesmith.export.adapter import ADAPTER
@@ -32,7 +33,6 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import REPLACED, at_work, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
 from tunesmith.types import JsonObject, OnProgress
-from tunesmith.version import __version__
 
 ABANDONED_S = 3600.0
 """Age at which an unfinished export of the same name counts as a dead process's if locks do not say."""

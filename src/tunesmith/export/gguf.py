@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import ModelError
 from tunesmith.export import llama_cpp
 from tunesmith.export.gguf_models import ROPE_FACTORS, find_architecture, model_names, rope_factors

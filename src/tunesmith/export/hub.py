@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tunesmith.environment.version import __version__
 from tunesmith.errors import ExportError, InputError
 from tunesmith.evaluation.metrics import METRICS, with_bounds
 from tunesmith.evaluation.report.values import kept_report, metric_lines, sides
@@ -20,7 +21,6 @@ from tunesmith.phrases import percent
 from tunesmith.runs.atomic import from_json
 from tunesmith.tasks import TASKS
 from tunesmith.types import JsonObject, Record
-from tunesmith.version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.export.target import Tolerances

@@ -17,7 +17,7 @@ from errno import ENOSPC
 from importlib.util import find_spec
 from pathlib import Path
 
-from tunesmith.environment import for_child, python_words
+from tunesmith.environment.children import for_child, python_words
 from tunesmith.errors import ExportError
 
 TIMEOUT_S = 3600.0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import ModelError
 from tunesmith.export.run_result import RunResult
 from tunesmith.export.target import EXACT, Computing, ExportedModel, ExportOptions, ExportTarget

@@ -208,7 +208,7 @@ def encode_rows(
     if head == "masked_token":
         masking = Masking.of(renderer.tokenizer, share=masked, seed=0)
         nums = [max(1, round(masked * int(row.trained.sum()))) for row in first_rows]
-        return [masking.apply(row, num=nums[i], draw=0, index=i) for i, row in enumerate(first_rows)]
+        return [masking.apply(row, num=nums[i], step=0, index=i) for i, row in enumerate(first_rows)]
     if labels is None:
         return first_rows
     names = list(vocabulary)

@@ -12,6 +12,7 @@ grows, and could not learn with it.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -181,6 +182,8 @@ class SequentialDecoder:
         self.model = model
         self.adapters = adapters
         self.reads_whole = self._has_encoder = bool(model.config.is_encoder_decoder)
+        takes = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # of earlier transformers
         self._caches: dict[SequenceSlot, Any] = {}
         self._encoded: dict[SequenceSlot, Any] = {}
 
@@ -221,13 +224,18 @@ class SequentialDecoder:
         for start in range(0, len(ids), SCORED_AT_ONCE):
             ids_1T = torch.tensor([list(ids[start : start + SCORED_AT_ONCE])], device=self.model.device)
             with self.adapters.active([adapter] * ids_1T.shape[1]):
-                logits_TV: Tensor = self.model(input_ids=ids_1T, past_key_values=cache, use_cache=True).logits[0]
+                logits_TV = self._logits(cache, input_ids=ids_1T)
             yield logits_TV.float()
+
+    def _logits(self, cache: Any, **inputs: Any) -> Tensor:
+        """[T, V] of the next tokens of one sequence, which join its cache."""
+        logits_TV: Tensor = self.model(use_cache=True, **{self._cache_name: cache}, **inputs).logits[0]
+        return logits_TV
 
     def _read(self, slot: SequenceSlot, ids: Sequence[int]) -> Tensor:
         """[V]"""
         ids_1T = torch.tensor([list(ids)], device=self.model.device)
-        inputs = {"input_ids": ids_1T}
+        inputs: dict[str, Any] = {"input_ids": ids_1T}
         if self._has_encoder:
             if slot not in self._encoded:
                 with self.adapters.active([slot.adapter] * len(ids)):
@@ -235,10 +243,9 @@ class SequentialDecoder:
                 ids_1T = torch.tensor([[self.model.config.decoder_start_token_id]], device=self.model.device)
             inputs = {"decoder_input_ids": ids_1T, "encoder_outputs": self._encoded[slot]}
         with self.adapters.active([slot.adapter] * ids_1T.shape[1]):
-            out = self.model(past_key_values=self._caches[slot], use_cache=True, **inputs)
+            logits_TV = self._logits(self._caches[slot], **inputs)
         slot.length += ids_1T.shape[1]
-        logits_V: Tensor = out.logits[0, -1]
-        return logits_V
+        return logits_TV[-1]
 
 
 class SeeingDecoder(SequentialDecoder):
@@ -283,10 +290,9 @@ class SeeingDecoder(SequentialDecoder):
             positions_T = torch.arange(first, first + len(ids), device=self.model.device)
             inputs["position_ids"] = positions_T.expand(3, 1, -1)
         with self.adapters.active([slot.adapter] * len(ids)):
-            out = self.model(input_ids=ids_1T, past_key_values=self._caches[slot], use_cache=True, **inputs)
+            logits_TV = self._logits(self._caches[slot], input_ids=ids_1T, **inputs)
         slot.length += len(ids)
-        logits_V: Tensor = out.logits[0, -1]
-        return logits_V
+        return logits_TV[-1]
 
 
 Decoder: TypeAlias = BatchedDecoder | SequentialDecoder

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -42,26 +41,14 @@ class Draw:
     """Settings by which answers are drawn. There is no top-p, no penalty and no stop text: every token that
     the model may write has to be one that can be drawn."""
 
-    tokenizer: Any
-    stop_ids: frozenset[int]
+    renderer: Renderer
+    """Knows the tokens that end an answer, and the text of the others."""
     num: int
     """Answers to each prompt."""
     temperature: float
     max_new_tokens: int
     streams: int
     """Most answers that are decoded together. Another number changes rounding."""
-
-    @classmethod
-    def of(cls, renderer: Renderer, *, num: int, temperature: float, max_new_tokens: int, streams: int) -> Draw:
-        """Draws by the tokenizer of a renderer, until a token that it knows as an end."""
-        return cls(
-            tokenizer=renderer.tokenizer,
-            stop_ids=frozenset(renderer.stop_ids),
-            num=num,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            streams=streams,
-        )
 
 
 def refuse_undrawable(name: str, model: PreTrainedModel) -> None:
@@ -123,11 +110,11 @@ def _request(key: int, prompt: Sequence[int], seed: int, settings: Draw, adapter
     return PreparedRequest(
         key,
         tuple(prompt),
-        settings.tokenizer,
+        settings.renderer.tokenizer,
         request,
         adapter=adapter,
         max_new_tokens=settings.max_new_tokens,
-        stop_ids=settings.stop_ids,
+        stop_ids=frozenset(settings.renderer.stop_ids),
         strip=True,
         keeps=True,
     )

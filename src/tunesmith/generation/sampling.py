@@ -341,7 +341,9 @@ class StreamingDecoder:
     def _new_text(self) -> str:
         """The text of tokens that were not appended yet."""
         before, decoded = self._decode(self._start, self._read), self._decode(self._start, len(self._ids))
-        return decoded[len(before) :] if decoded.startswith(before) else self._decode(self._read, len(self._ids))
+        if decoded.startswith(before):
+            return decoded[len(before) :]
+        return self._decode(self._read, len(self._ids))
 
     def _decode(self, start: int, end: int) -> str:
         return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))

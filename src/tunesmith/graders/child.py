@@ -27,13 +27,13 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from tunesmith.environment import limit_process
+from tunesmith.environment.process import limit_process
 from tunesmith.graders.grade import GradeError
 from tunesmith.phrases import listed
 from tunesmith.types import REWARD_KEY, JsonObject, Record
@@ -45,8 +45,8 @@ Answer = JsonObject
 """{"value": what a grader returned}, or {"kind", "error"} as in `grade.Grade`."""
 FILE_BYTES = 64 * 2**20
 """Largest file that a grade may write."""
-MOST_TRACE, MOST_FIELDS = 2000, 12
-"""Characters of a traceback, and fields of a row that are named."""
+MOST_TRACE, MOST_FIELDS, MOST_OF_VALUE = 2000, 12, 40
+"""Characters of a traceback, fields of a row that are named, and characters of a value that is no number."""
 PACKAGE = Path(__file__).resolve().parents[1]
 MODULE = "tunesmith_grader"  # name of the module that a grader's file becomes
 _SUBREAPER, _DEATH_SIGNAL, _NEW_USER, _NEW_NET = 36, 1, 0x10000000, 0x40000000
@@ -189,31 +189,52 @@ def _say(write: int, answer: Record) -> None:
 
 
 def _trace(error: BaseException) -> str:
-    """The end of a traceback, without the lines of this file and without marks below the others."""
+    """The end of a traceback, without the lines of this file and of libraries that the grader called, and
+    without marks below the others."""
     trace = traceback.TracebackException.from_exception(error)
     frames = [frame for frame in trace.stack if frame.filename != __file__ and "importlib" not in frame.filename]
+    while len(frames) > 1 and _is_installed(frames[-1].filename):
+        frames.pop()  # the line of the grader that called it says more
     lines = traceback.format_list([(frame.filename, frame.lineno or 0, frame.name, frame.line) for frame in frames])
     return "".join([*lines, *trace.format_exception_only()]).strip()[-MOST_TRACE:]
 
 
-def _problem(error: BaseException, fields: Sequence[str] = ()) -> Answer:
-    """The kind and message of an error, with the way out of usual slips. `fields`: names of the row's fields."""
+def _is_installed(file: str) -> bool:
+    """Whether a file belongs to Python or to an installed package."""
+    libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    return bool(libraries & set(Path(file).parents))
+
+
+def _problem(error: BaseException, request: Record | None = None) -> Answer:
+    """The kind and message of an error, with the way out of usual slips. `request`: the answer and its row."""
     if isinstance(error, GradeError):
         return {"kind": error.kind, "error": str(error)}
-    words = _trace(error)
+    kind = "memory" if isinstance(error, MemoryError) else "exception"
+    return {"kind": kind, "error": "\n".join([_trace(error), *_ways_out(error, request or {})])}
+
+
+def _ways_out(error: BaseException, request: Record) -> list[str]:
+    """The way out of a usual slip; none of other errors."""
+    text, item = request.get("sample", {}).get("output_text", ""), request.get("item", {})
     if isinstance(error, FileNotFoundError) and not os.path.isabs(error.filename or os.sep):
-        words += "\nIt runs in an empty folder: find files next to its own by Path(__file__).parent."
-    if isinstance(error, KeyError) and fields and error.args[0] not in fields:
-        words += f"\nThe row has {listed(fields, MOST_FIELDS)}."
-    return {"kind": "memory" if isinstance(error, MemoryError) else "exception", "error": words}
+        return ["It runs in an empty folder: find files next to its own by Path(__file__).parent."]
+    if isinstance(error, ModuleNotFoundError):
+        return [f"It runs in the Python of tunesmith: install the package with {sys.executable} -m pip."]
+    if isinstance(error, AttributeError) and isinstance(error.obj, dict):
+        return [f"sample and item are dicts: write [{error.name!r}] in place of .{error.name}."]
+    if isinstance(error, json.JSONDecodeError) and error.doc.strip() in text:
+        return ['An answer that is not JSON is a bad one: return 0.0 for it. sample["output_json"] is None then.']
+    if isinstance(error, KeyError) and item and error.args and error.args[0] not in [*item, *item.values()]:
+        return [f"The row has {listed(list(item), MOST_FIELDS)}."]
+    return []
 
 
 def _value_of(work: Work, request: Record) -> Answer:
     """The reward that a grader returns: a finite number, or numbers by name of which `reward` counts."""
     try:
         value = work(request)
-    except KeyError as error:
-        return _problem(error, list(request["item"]))
+    except Exception as error:
+        return _problem(error, request)
     scores = dict(value) if isinstance(value, Mapping) else {REWARD_KEY: value}
     numbers = {str(name): _number(value) for name, value in scores.items()}
     if numbers.get(REWARD_KEY) is None:
@@ -223,9 +244,11 @@ def _value_of(work: Work, request: Record) -> Answer:
         what += ", as a function does that ends without return" if value is None else ""
         rule = f"a grade is a finite number, or a dict of numbers of which {REWARD_KEY!r} counts"
         return {"kind": "not_a_number", "error": f"it gave {what}; {rule}"}
+    no_numbers = [name for name in scores if numbers[str(name)] is None]
     return {
         "value": numbers.pop(REWARD_KEY),
         "scores": {name: number for name, number in numbers.items() if number is not None},
+        "left_out": {str(name): repr(scores[name])[:MOST_OF_VALUE] for name in no_numbers},
     }
 
 
@@ -235,12 +258,11 @@ def _number(value: Any) -> float | None:
 
 
 def _forked(
-    work: Callable[[int, int], None], seed: int, limits: Limits, then: Callable[[str], bytes] | None = None
+    work: Callable[[int, int], None], seed: int, limits: Limits, then: Callable[[], bytes] | None = None
 ) -> tuple[str, Answer | None]:
     """Call `work(read, write)` in a fork. Returns the line that it wrote, and a problem if there was one.
 
-    `then` gets the fork's first line and returns, from inside the fork's folder, what is sent to it; the fork
-    then writes a second line.
+    `then` returns what is sent to the fork after its first line, which is no answer; it writes a second one.
     """
     folder = tempfile.mkdtemp(prefix="grade-")
     (from_fork, to_us), (from_us, to_fork) = os.pipe(), os.pipe()
@@ -263,7 +285,7 @@ def _forked(
         ends = time.monotonic() + limits["seconds"]
         text = _line(from_fork, ends)
         if text and then is not None:
-            word = then(folder)
+            word = then()
             with suppress(OSError):
                 os.write(to_fork, word)
             text = _line(from_fork, ends)
@@ -342,7 +364,7 @@ def _passes(code: str, test: str, seed: int, limits: Limits) -> bool:
     the code is loaded, and the test's last line says it: an exit, a print or a replaced function is no pass."""
     word = ""
 
-    def then(folder: str) -> bytes:
+    def then() -> bytes:
         # Drawn now: a fork has what its parent's frames held before.
         nonlocal word
         word = secrets.token_hex(16)

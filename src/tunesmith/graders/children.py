@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
-from tunesmith.environment import for_child, python_words
+from tunesmith.environment.children import for_child, python_words
 from tunesmith.errors import InputError
 from tunesmith.graders import schema
 from tunesmith.graders.grade import GradeError
@@ -58,7 +58,7 @@ class Children:
             raise GradeError("died", f"{_place(self._grader)}: its files were edited meanwhile, or its run has ended")
         try:
             answer = child.ask(request, self._grader.seconds * times + STARTING_GRACE_S)
-        except GradeError:
+        except (GradeError, RecursionError):
             self._all.remove(child)
             child.end()
             raise

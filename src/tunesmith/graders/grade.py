@@ -48,9 +48,11 @@ class Answer:
     ended: bool = True
     """False: it was cut, since it reached the largest number of tokens."""
     tokens: int | None = None
+    prefix: str = ""
+    """The beginning of the answer that the chat template writes into the prompt, such as "<think>\\n"."""
 
     def as_sample(self) -> JsonObject:
-        """`sample` as a grader gets it: OpenAI's names, and ours `ended` and `tokens`."""
+        """`sample` as a grader gets it: OpenAI's names, and ours `ended`, `tokens` and `prefix`."""
         message = {"role": "assistant", "content": self.text, "tool_calls": list(self.tools)}
         reason = "tool_calls" if self.tools else "stop" if self.ended else "length"
         return {
@@ -60,6 +62,7 @@ class Answer:
             "choices": [{"index": 0, "message": message, "finish_reason": reason}],
             "ended": self.ended,
             "tokens": self.tokens,
+            "prefix": self.prefix,
         }
 
 
@@ -79,6 +82,8 @@ class Grade:
     """Further numbers: one for each part of a multi grader, and those that a function returns by name."""
     kind: Kind | None = None
     error: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Further numbers that are none, as the grader gave them, by name: they are no scores."""
     is_unread: bool = False
     """True: the grader reads JSON and the answer has none, so that part gave its lowest reward."""
     seconds: float = 0.0

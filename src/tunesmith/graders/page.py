@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.environment.version import __version__
 from tunesmith.evaluation.report.pages import as_html
 from tunesmith.evaluation.report.plots import ACCENT, PAPER, Plot, draw
 from tunesmith.evaluation.report.sections import Block, Cell, Column, Page, PageSection, Table
@@ -16,7 +17,6 @@ from tunesmith.graders.trial import PLAYED
 from tunesmith.graders.verdict import Verdict, lines_of
 from tunesmith.phrases import plural
 from tunesmith.types import REWARD_KEY, JsonObject, Record
-from tunesmith.version import __version__
 
 
 def page_of(values: Record, verdicts: Sequence[Verdict], *, grader: str, data: str) -> str:
@@ -28,6 +28,7 @@ def page_of(values: Record, verdicts: Sequence[Verdict], *, grader: str, data: s
         "versions": {"tunesmith": __version__},
     }
     summary = f"Tried on {plural(values['rows'], 'row')} of {data}."
+    is_odd = values["errors"] or values["left_out"]
     sections = [
         PageSection(
             "verdict",
@@ -35,7 +36,7 @@ def page_of(values: Record, verdicts: Sequence[Verdict], *, grader: str, data: s
             [Block("warning" if entry.refuses else "paragraph", entry.words) for entry in verdicts],
         ),
         PageSection("rewards", "Rewards", list(_rewards(values))),
-        PageSection("errors", "Grades that failed", [_errors(values)] if values["errors"] else []),
+        PageSection("errors", "Grades that failed", [_errors(values)] if is_odd else []),
         *(PageSection(name, f"The {name} answers", [_answers(values[name])]) for name in ("best", "worst")),
     ]
     return as_html(Page(report, time.time(), summary, [entry for entry in sections if entry.blocks]))
@@ -65,6 +66,15 @@ def _errors(values: Record) -> Table:
         [Cell(FAILURES[entry["kind"]]), Cell(first["source"]), Cell(PLAYED[first["of"]]), Cell(first["error"])]
         for entry in values["errors"]
         for first in entry["first"]
+    ]
+    rows += [
+        [
+            Cell(f"score {entry['name']}: no finite number, {plural(entry['num'], 'time')}"),
+            Cell(entry["source"]),
+            Cell(PLAYED[entry["of"]]),
+            Cell(entry["value"]),
+        ]
+        for entry in values["left_out"]
     ]
     return Table([Column("kind"), Column("row", "source"), Column("answer"), Column("error")], rows)
 

@@ -12,23 +12,32 @@ from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from tunesmith.environment import num_cpus
+from tunesmith.environment.process import num_cpus
 from tunesmith.errors import InputError
 from tunesmith.graders import formula, judge, remote, schema, texts
 from tunesmith.graders.children import Children
-from tunesmith.graders.grade import Answer, Grade, GradeError
+from tunesmith.graders.grade import Answer, Grade, GradeError, Kind
 from tunesmith.graders.templates import render
 from tunesmith.types import Record
 
 JUDGED_AT_ONCE = 8
+TOO_DEEP = "the JSON of the answer or the row nests too deeply"
 MOST_REWARD = 1e30
 """Largest reward: sums of larger ones would overflow."""
 _CODE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 IN_CHILDREN = schema.CodeGrader | schema.Regex | schema.JsonSchema
 """Graders that need a process of their own: they run code, or match patterns, which may never end. Where
 processes fork, comparisons of long texts join them."""
+
+
+class _OfPart(NamedTuple):
+    """The reward by one part of a grader, with its further numbers and those that are none, see `Grade`."""
+
+    reward: float
+    scores: Mapping[str, float] = {}
+    left_out: Mapping[str, str] = {}
 
 
 class Scorer(Protocol):
@@ -106,9 +115,16 @@ class Pool:
             child.close()
         self._scorers.clear()
 
+    @property
+    def notes(self) -> list[str]:
+        """A note where code that should have no network has one."""
+        is_open = any(child.closes_network and not child.offline for child in self.children.values())
+        return ["this system lets no ordinary program close its network, so the grader's code has one"] * is_open
+
     def submit(self, answer: Answer, item: Record) -> Future[Grade]:
         """The grade of an answer to the prompt of a row, `item`, once it is made. Equal answers share one."""
-        key = _digest([self.identity, dict(item), answer.text, list(answer.tools), answer.ended, answer.tokens])
+        parts = [self.identity, dict(item), answer.text, list(answer.tools), answer.ended, answer.tokens]
+        key = _digest([*parts, answer.prefix] if answer.prefix else parts)  # so that earlier grades still count
         with self._lock:
             if key not in self._underway:
                 self._underway[key] = self._threads.submit(self._grade, key, answer.as_sample(), item)
@@ -119,45 +135,50 @@ class Pool:
     def _grade(self, key: str, sample: Record, item: Record) -> Grade:
         if key in self._kept:
             return self._kept[key]
-        start, scores = time.monotonic(), dict[str, float]()
-        rewards: dict[str, float] = {}
-        is_unread = False
+        start, is_unread = time.monotonic(), False
+        rewards, scores, left_out = dict[str, float](), dict[str, float](), dict[str, str]()
         try:
             for name, part in self._parts.items():
                 try:
-                    rewards[name], more = self._of_part(name, part, sample, item, int(key[:15], 16))
+                    of_part = self._of_part(name, part, sample, item, int(key[:15], 16))
                 except GradeError as error:
                     if error.kind == "not_json":  # a fault of the answer, from which a model has to learn
                         rewards[name], is_unread = getattr(part, "range", (0.0,))[0], True
                         continue
                     raise GradeError(error.kind, f"{name}: {error}" if name else str(error)) from None
-                scores |= {f"{name}.{score}" if name else score: value for score, value in more.items()}
+                before = f"{name}." if name else ""
+                rewards[name] = of_part.reward
+                scores |= {before + score: value for score, value in of_part.scores.items()}
+                left_out |= {before + score: value for score, value in of_part.left_out.items()}
             reward = rewards[""] if self._formula is None else formula.compute(self._formula, rewards)
             if abs(reward) > MOST_REWARD:
                 raise GradeError("not_a_number", f"a grade is a number up to {MOST_REWARD:g}, and this is {reward:g}")
-        except GradeError as error:
-            failed = Grade(None, {}, error.kind, str(error), seconds=time.monotonic() - start)
+        except (GradeError, RecursionError) as error:
+            kind: Kind = "exception"
+            why = TOO_DEEP
+            if isinstance(error, GradeError):
+                kind, why = error.kind, str(error)
+            failed = Grade(None, {}, kind, why, seconds=time.monotonic() - start)
             self._kept[key] = failed
             return failed
         scores |= {name: value for name, value in rewards.items() if name}
-        grade = self._kept[key] = Grade(reward, scores, is_unread=is_unread, seconds=time.monotonic() - start)
+        seconds = time.monotonic() - start
+        grade = self._kept[key] = Grade(reward, scores, left_out=left_out, is_unread=is_unread, seconds=seconds)
         return grade
 
-    def _of_part(
-        self, name: str, part: schema.Single, sample: Record, item: Record, seed: int
-    ) -> tuple[float, Mapping[str, float]]:
+    def _of_part(self, name: str, part: schema.Single, sample: Record, item: Record, seed: int) -> _OfPart:
         if isinstance(part, schema.ScoreModel):
-            return judge.ask(part, sample, item), {}
+            return _OfPart(judge.ask(part, sample, item))
         if isinstance(part, schema.RewardRun):
-            return self._scorers[name](item, render(part.input, sample, item)), {}
+            return _OfPart(self._scorers[name](item, render(part.input, sample, item)))
         if isinstance(part, schema.TextGrader) and name not in self.children:
-            return texts.grade_text(part, sample, item), {}
+            return _OfPart(texts.grade_text(part, sample, item))
         if isinstance(part, schema.UnitTests):
             tests = _tests_of(part, item)
             request = {"code": code_of(sample["output_text"]), "tests": tests, "seed": seed}
-            return float(self.children[name].ask(request, len(tests))["value"]), {}
+            return _OfPart(float(self.children[name].ask(request, len(tests))["value"]))
         answer = self.children[name].ask({"sample": sample, "item": dict(item), "seed": seed})
-        return float(answer["value"]), answer.get("scores", {})
+        return _OfPart(float(answer["value"]), answer.get("scores", {}), answer.get("left_out", {}))
 
 
 def without_places(value: Any) -> Any:

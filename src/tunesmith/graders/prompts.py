@@ -7,20 +7,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tunesmith.data.formats.prompts import prompt_in
-from tunesmith.data.problems import RowProblems
+from tunesmith.data.formats.prompts import PROMPT_NAMES, prompt_field, prompt_in
+from tunesmith.data.problems import SKIP, SKIPPING, RowProblems, unusable
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
 from tunesmith.graders.grade import Answer
-from tunesmith.recipe.schema import DataFile, Limits
+from tunesmith.recipe.schema import Data
 from tunesmith.types import Part, Problem, Record, Source
 
 REFERENCES = ("reference", "reference_answer", "answer", "completion")
 """Fields with the right answer, the first that a row has; else it is the assistant's last turn."""
-MOST_ROW_PROBLEMS = 20
+OTHER_REFERENCES = ("gold", "expected", "expected_answer", "expected_output", "ground_truth", "solution", "target")
+"""Their usual names elsewhere, which are looked for last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +40,43 @@ class Prompt:
         return str(self.messages[-1]["content"])
 
 
-def read_prompts(paths: Iterable[str]) -> list[Prompt]:
-    """The rows of data files. Raises DataError with all problems, by line."""
+def read_prompts(data: Data) -> tuple[list[Prompt], int]:
+    """The rows of data.train, and the number of those that are left out (data.bad_rows: skip).
+
+    Raises DataError with the problems of rows, by line.
+    """
     problems: list[Problem] = []
     prompts: list[Prompt] = []
+    bad: set[Source] = set()
 
     def note(problem: Problem) -> None:
         if problem.severity == "error":
             problems.append(problem)
+            bad.add(problem.source)
 
-    for _, record, source in read([DataFile(path=path) for path in paths], limits=Limits(), on_problem=note):
+    for _, record, source in read(data.train, limits=data.limits, on_problem=note, how=data.reading):
         prompt = prompt_of(record, source)
         if isinstance(prompt, Prompt):
             prompts.append(prompt)
         else:
-            problems += prompt
-    if problems:
-        left = len(problems) - MOST_ROW_PROBLEMS
-        more = [f"and {left:,} more problems"] if left > 0 else []
-        raise DataError("\n".join([*map(str, problems[:MOST_ROW_PROBLEMS]), *more]), problems)
-    return prompts
+            for problem in prompt:
+                note(problem)
+    if not prompts:
+        raise DataError(f"{unusable(len(problems))}. Correct the data: no row is left without them.", problems)
+    if problems and data.bad_rows == "error":
+        way = f"or leave such rows out: {SKIP}"
+        raise DataError(f"{unusable(len(problems))}. Correct the data, {way}.", problems, ways=[SKIPPING])
+    return prompts, len(bad)
+
+
+def read_as(item: Record) -> list[str]:
+    """Notes on fields of a row that are read by names that are not ours."""
+    prompt = prompt_field(item)
+    notes = [f"the prompt is read from {prompt!r}"] if prompt in PROMPT_NAMES else []
+    if all(item.get(name) is None for name in REFERENCES):
+        right = (name for name in OTHER_REFERENCES if item.get(name) is not None)
+        notes += [f"the right answer is read from {name!r}" for name in right][:1]
+    return notes
 
 
 def prompt_of(record: Record, source: Source) -> Prompt | list[Problem]:
@@ -73,7 +91,7 @@ def prompt_of(record: Record, source: Source) -> Prompt | list[Problem]:
 
 def reference_of(record: Record, turns: Sequence[Part] = ()) -> Answer | None:
     """The right answer that a row names, or that its last turns give."""
-    for name in REFERENCES:
+    for name in (*REFERENCES, *OTHER_REFERENCES):
         value = record.get(name)
         if isinstance(value, list) and value and isinstance(value[-1], Mapping) and "content" in value[-1]:
             value = value[-1]["content"]

@@ -14,6 +14,7 @@ from http.client import HTTPException, HTTPResponse
 from typing import Literal
 
 from tunesmith.errors import InputError
+from tunesmith.phrases import plural
 from tunesmith.types import Record
 
 TRIES = 3
@@ -63,12 +64,12 @@ def post(
             with urllib.request.urlopen(request, timeout=max(0.1, ends - time.monotonic())) as reply:
                 return dict(json.loads(_read(reply, ends, most_bytes)))
         except urllib.error.HTTPError as error:
-            why, named = f"status {error.code}: {_words_of(error)}", error.headers.get("Retry-After", "")
+            why, named = f"status {error.code}: {_words_of(error, ends)}", error.headers.get("Retry-After", "")
             if error.code not in (408, 409, 429) and error.code < 500:
                 raise RemoteError("unreachable", f"{address}: {why}", status=error.code) from None
         except (OSError, HTTPException) as error:
             why, named = str(getattr(error, "reason", error)) or type(error).__name__, ""
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise RemoteError("unreadable", f"{address}: its reply is not a JSON object") from None
         wait = float(named) if re.fullmatch(r"\d+(\.\d+)?", named) else FIRST_WAIT_S * 2**attempt
         if attempt == TRIES - 1 or wait > LONGEST_RETRY_S or time.monotonic() + wait > ends:
@@ -76,10 +77,11 @@ def post(
         sleep(wait)
     if time.monotonic() >= ends:
         raise RemoteError("timeout", f"{address}: it took more than {seconds:g} s")
-    raise RemoteError("unreachable", f"{address}: {why}, after {attempt + 1} tries")
+    asked_to_wait = f"; it wants to be left for {wait:,.0f} s" if named and attempt < TRIES - 1 else ""
+    raise RemoteError("unreachable", f"{address}: {why}, after {plural(attempt + 1, 'try')}{asked_to_wait}")
 
 
-def _read(reply: HTTPResponse, ends: float, most_bytes: int) -> bytes:
+def _read(reply: HTTPResponse | urllib.error.HTTPError, ends: float, most_bytes: int) -> bytes:
     """The body. Raises TimeoutError at time.monotonic() == `ends`, however slowly it drips."""
     parts, num_bytes = list[bytes](), 0
     while num_bytes < most_bytes and (part := reply.read1(most_bytes - num_bytes)):
@@ -90,12 +92,13 @@ def _read(reply: HTTPResponse, ends: float, most_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def _words_of(error: urllib.error.HTTPError) -> str:
+def _words_of(error: urllib.error.HTTPError, ends: float) -> str:
+    """The words of a refusal, as far as they come in time."""
     try:
-        text = error.read(MOST_REPLY_BYTES).decode("utf-8", "replace")
+        text = _read(error, ends, MOST_REPLY_BYTES).decode("utf-8", "replace")
     except (OSError, HTTPException):
         return str(error.reason)
     try:
-        return str(json.loads(text)["error"]["message"])[:300]
-    except (ValueError, TypeError, KeyError):
+        return str(json.loads(text)["error"]["message"])[:300].rstrip(".")
+    except (ValueError, TypeError, KeyError, RecursionError):
         return " ".join(text.split())[:300] or str(error.reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -95,7 +95,7 @@ class Function(_Child):
 class UnitTests(_Child):
     type: Literal["unit_tests"]
     seconds: float = Field(10.0, gt=0, le=3600)
-    """Of each test."""
+    """Seconds of each test."""
     tests: str = "tests"
     """Field of the row: a list of texts, or one."""
 
@@ -253,7 +253,7 @@ class Multi(_Grader):
 
 
 Grader = Single | Multi
-_TYPES = tuple(name for kind in get_args(Grader) for name in get_args(kind.model_fields["type"].annotation))
+TYPES = tuple(str(name) for kind in get_args(Grader) for name in get_args(kind.model_fields["type"].annotation))
 _GRADER: TypeAdapter[Grader] = TypeAdapter(Annotated[Grader, Field(discriminator="type")])
 
 
@@ -291,8 +291,9 @@ def load(word: str) -> Grader:
     return from_value(value, place=str(file), folder=file.resolve().parent)
 
 
-def from_value(value: Any, *, place: str = "grader", folder: Path = Path()) -> Grader:
-    """The grader that a JSON value describes; files that it names are in `folder`. Raises InputError."""
+def from_value(value: Any, *, place: str = "grader", folder: Path = Path(), types: Sequence[str] = TYPES) -> Grader:
+    """The grader that a JSON value describes; files that it names are in `folder`. Raises InputError, which names
+    these `types` where there is no such type."""
     inner = value.get("graders") if isinstance(value, Mapping) else None
     for part in [value, *(inner.values() if isinstance(inner, Mapping) else ())]:
         if isinstance(part, Mapping) and str(part.get("type")) in REFUSED:
@@ -300,7 +301,7 @@ def from_value(value: Any, *, place: str = "grader", folder: Path = Path()) -> G
     try:
         grader = _GRADER.validate_python(value)
     except ValidationError as error:
-        raise InputError("\n".join(f"{place}: {text}" for text in _problems(error))) from None
+        raise InputError("\n".join(f"{place}: {text}" for text in _problems(error, types))) from None
     if isinstance(grader, Multi):
         parts = {name: _placed(part, folder, place) for name, part in grader.graders.items()}
         return grader.model_copy(update={"graders": parts})
@@ -317,9 +318,9 @@ def _placed(grader: Single, folder: Path, place: str) -> Single:
     return grader.model_copy(update={"file": str(file)})
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
+def _problems(error: ValidationError, types: Sequence[str]) -> Iterator[str]:
     for part in error.errors():
-        where = ".".join(str(step) for step in part["loc"] if step not in ("", *_TYPES))
+        where = ".".join(str(step) for step in part["loc"] if step not in ("", *TYPES))
         context = part.get("ctx", {})
         message = str(context.get("error") or part["msg"])
         match part["type"]:
@@ -328,10 +329,10 @@ def _problems(error: ValidationError) -> Iterator[str]:
             case "missing":
                 message = "is missing"
             case "union_tag_invalid":
-                near = did_you_mean(context["tag"], _TYPES)
-                message = f"type {context['tag']}: there is no such type.{near} One of {', '.join(_TYPES)}"
+                near = did_you_mean(context["tag"], types)
+                message = f"type {context['tag']}: there is no such type.{near} One of {', '.join(types)}"
             case "union_tag_not_found":
-                message = f"type: is missing. One of {', '.join(_TYPES)}"
+                message = f"type: is missing. One of {', '.join(types)}"
             case "model_attributes_type":
                 message = "is no object with a type, as every grader is"
         yield f"{where + ': ' if where else ''}{message}".rstrip(".") + "."

@@ -75,7 +75,7 @@ def runnable(sent: Any, rules: GraderRules, place: str) -> JsonObject:
     else:
         made = _allowed(sent, rules, place)
     try:
-        grader = schema.from_value(made, place=place)
+        grader = schema.from_value(made, place=place, types=types_of(rules))
         schema.check_variables(grader, None, place)
         if (num := len(schema.parts_of(grader))) > MOST_GRADERS:
             raise InputError(f"{place}.graders: {num:,} graders. Send at most {MOST_GRADERS}.")
@@ -86,6 +86,12 @@ def runnable(sent: Any, rules: GraderRules, place: str) -> JsonObject:
         raise GraderRefusedError(str(error), code="invalid_grader", place=place) from None
     assert isinstance(made, dict), "it is a grader"
     return made
+
+
+def types_of(rules: GraderRules) -> list[str]:
+    """The types of graders that clients may send."""
+    refused = {*OF_SERVER, *(() if rules.python else RUNS_CODE), *(() if rules.judges else ("score_model",))}
+    return [name for name in schema.TYPES if name not in refused]
 
 
 def _allowed(part: Any, rules: GraderRules, place: str) -> Any:

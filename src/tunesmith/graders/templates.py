@@ -15,7 +15,7 @@ _VARIABLE = re.compile(r"\{\{\s*(.*?)\s*\}\}", re.DOTALL)
 _PATH = re.compile(r"(item|sample)((?:\.[^.\[\]\s]+|\[\d+\])+)")
 _STEP = re.compile(r"\.([^.\[\]\s]+)|\[(\d+)\]")
 MOST_RENDERED = 2**24  # characters: names of few can repeat a long value without end
-SAMPLE = ("output_text", "output_json", "output_tools", "choices", "ended", "tokens")
+SAMPLE = ("output_text", "output_json", "output_tools", "choices", "ended", "tokens", "prefix")
 """Fields of a sample."""
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any
 
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import InputError
 from tunesmith.evaluation.scores import WordTokenizer
 from tunesmith.graders import schema

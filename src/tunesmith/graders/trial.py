@@ -13,7 +13,7 @@ import numpy as np
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation.bootstrap import intervals, ratio
-from tunesmith.evaluation.graded_scores import HISTOGRAM_BINS, mean, pass_at
+from tunesmith.evaluation.graded_scores import HISTOGRAM_BINS, mean, mean_scores, pass_at
 from tunesmith.graders.grade import Answer, Grade
 from tunesmith.graders.pool import Pool
 from tunesmith.graders.prompts import Prompt
@@ -94,6 +94,7 @@ def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: floa
         "model": _of_model(kinds[MODEL], passes) if kinds[MODEL] else None,
         "won": _won(kinds),
         "errors": _errors(prompts, graded),
+        "left_out": _left_out(prompts, graded),
         "seconds": {name: float(np.quantile(seconds, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
         **_extremes(prompts, kinds[MODEL] or kinds["reference"] or graded),
     }
@@ -124,11 +125,7 @@ def _of_kind(entries: Sequence[Graded]) -> JsonObject:
         return values
     means = [mean(group) for group in by_row(entries).values()]
     counts, edges = np.histogram(rewards, bins=HISTOGRAM_BINS)
-    scores: dict[str, list[float]] = {}
-    for entry in entries:
-        for name, score in entry.grade.scores.items():
-            scores.setdefault(name, []).append(score)
-    values["scores"] = {name: mean(column) for name, column in sorted(scores.items())}
+    values["scores"] = mean_scores([entry.grade.scores for entry in entries])
     values |= {"low": min(rewards), "high": max(rewards), "counts": counts.tolist(), "edges": edges.tolist()}
     return values | {"mean": intervals(len(means), {"mean": ratio(means)})["mean"]}
 
@@ -212,6 +209,16 @@ def _errors(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[JsonObj
         ]
         errors.append({"kind": kind, "num": num, "first": places})
     return errors
+
+
+def _left_out(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[JsonObject]:
+    """Further numbers of a grader that were none, by name: their number, and the first of them."""
+    values: dict[str, JsonObject] = {}
+    for entry in graded:
+        for name, value in entry.grade.left_out.items():
+            first = {"name": name, "num": 0, "source": prompts[entry.row].source, "of": entry.kind, "value": value}
+            values.setdefault(name, first)["num"] += 1
+    return [values[name] for name in sorted(values)]
 
 
 def _extremes(prompts: Sequence[Prompt], entries: Sequence[Graded]) -> JsonObject:

@@ -28,6 +28,12 @@ def verdicts(values: Record) -> list[Verdict]:
     sentences = sorted(_verdicts(values), key=lambda entry: not entry.refuses)
     if any(entry.refuses for entry in sentences):
         return sentences
+    if not values["won"]:
+        lead = (
+            "No row has a reference and no model has answered, so nothing says whether right answers win. Give rows a "
+            "field reference, or --model."
+        )
+        return [Verdict(lead), *sentences]
     seen = [PLAYED[kind] for kind in values["won"] if kind != "twice"]
     others = " and ".join(filter(None, [", ".join(seen[:-1]), *seen[-1:]]))
     strength = ""
@@ -40,7 +46,8 @@ def verdicts(values: Record) -> list[Verdict]:
 
 def _verdicts(values: Record) -> Iterator[Verdict]:
     failed = sum(entry["num"] for entry in values["errors"])
-    if failed > MOST_FAILED * values["grades"]:
+    is_failing = failed > MOST_FAILED * values["grades"]
+    if is_failing:
         kinds = ", ".join(f"{FAILURES[entry['kind']]}: {entry['num']:,}" for entry in values["errors"])
         of = f"{failed:,} of {plural(values['grades'], 'grade')} failed ({percent(failed / values['grades'])})"
         yield Verdict(f"{of}, and have no reward: {kinds}. Mend the grader or the rows that are named above.", True)
@@ -49,7 +56,7 @@ def _verdicts(values: Record) -> Iterator[Verdict]:
         return
     low, high = min(entry["low"] for entry in known), max(entry["high"] for entry in known)
     model = values["kinds"].get(MODEL)
-    if low == high:
+    if low == high and not is_failing:  # grades that failed might differ
         yield Verdict(
             f"All grades are {low:g}: there is nothing to learn from. The grader has to tell answers apart.", True
         )
@@ -62,6 +69,11 @@ def _verdicts(values: Record) -> Iterator[Verdict]:
 
 
 def _of_played(values: Record) -> Iterator[Verdict]:
+    empty = values["kinds"].get("empty")
+    if not values["won"] and empty and empty["scored"]:
+        most = max(entry["high"] for entry in values["kinds"].values() if entry["scored"])
+        if empty["low"] == most:
+            yield Verdict(f"An empty answer gets {most:.3g}, the most of all: the grader may be won by saying nothing.")
     winners = [
         kind for kind, entry in values["won"].items() if kind != "twice" and entry["mean"] >= entry["mean_against"]
     ]

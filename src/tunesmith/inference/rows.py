@@ -22,6 +22,7 @@ from tunesmith.data.examples import FileExamples, examples
 from tunesmith.data.images import as_data_uri
 from tunesmith.data.problems import describe_type
 from tunesmith.errors import InputError, StorageError
+from tunesmith.phrases import changes
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs import atomic
 from tunesmith.tasks import TASKS
@@ -249,12 +250,7 @@ class OutputFile:
 
     def _refuse_changes(self, now: Mapping[str, str]) -> None:
         then = atomic.from_json(self._progress.read_bytes()) if self._progress.exists() else {}
-        changed = [
-            f"{key} was {_short(then.get(key))}, is {_short(now.get(key))}"
-            for key in sorted({*now, *then})
-            if now.get(key) != then.get(key)
-        ]
-        if changed:
+        if changed := changes(then, now):
             raise InputError(
                 f"{self.path}: was started with something else: {'; '.join(changed)}. Put it back, choose "
                 "another --out, or start again with --overwrite."
@@ -321,7 +317,3 @@ def _lock(descriptor: int, path: Path) -> None:
         raise InputError(f"{path}: another process is writing it. Wait for it, or choose another --out.") from None
     except OSError:  # a file system without locks
         return
-
-
-def _short(value: str | None) -> str:
-    return "absent" if value is None else value if len(value) <= 40 else f"{value[:12]}…"

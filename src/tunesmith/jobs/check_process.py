@@ -13,7 +13,7 @@ from pathlib import Path
 
 import orjson
 
-from tunesmith.environment import limit_process
+from tunesmith.environment.process import limit_process
 from tunesmith.jobs.training_files import FAILED, CheckedFile, FileFault, check_file
 from tunesmith.types import JsonObject, Record
 

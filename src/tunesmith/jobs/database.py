@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, DataError, InterfaceError, OperationalError
 
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import InputError
 from tunesmith.jobs import migrations
 from tunesmith.serve.protocol import RequestError

@@ -18,7 +18,7 @@ from tunesmith.errors import InputError, RunError, StorageError
 from tunesmith.jobs import reinforcement
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.engines import EnginesFromThread
-from tunesmith.jobs.file_checks import MOST_ATTEMPTS, FileChecks, fail, for_clients
+from tunesmith.jobs.file_checks import MOST_ATTEMPTS, FileChecks, fail_job, without_paths
 from tunesmith.jobs.job_request import GRADER, Integration
 from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.jobs.names import derived_id, snapshot_name
@@ -38,14 +38,14 @@ POLL_S = 0.2
 EXPIRE_S = 60.0
 """Seconds between two rounds that delete expired files."""
 _ERRORS = {"DoesNotFitError": ("insufficient_memory", "model"), "UngradedError": ("grader_failed", GRADER)}
-"""(code, param) of a job whose run ended by an error, by its type; of all others run_failed."""
+"""(code, param) of a failed job, by the type of the error that ended its run; other types are run_failed."""
 UNAVAILABLE, CRASHED = 503, "engine_crashed"
-"""An engine's refusals: the status while it is being started, the code where it ended during the request."""
+"""Refusals of an engine: the status while it is being started, the code if it ended during the request."""
 
 
 @dataclass
 class _Active:
-    """A run under way."""
+    """A run at work."""
 
     job_id: str
     project: str
@@ -60,8 +60,8 @@ class _Active:
 
 @dataclass
 class Dispatcher:
-    """Moves jobs on, one `round` after another; `run` does that until `stop` is set. Its tables are by id of
-    the job unless they say otherwise."""
+    """Moves jobs on, one `round` after another; `run` does that until `stop` is set. Keys of its mappings and
+    members of its sets are ids of jobs, unless a field says otherwise."""
 
     store: Store
     bases: Bases
@@ -70,42 +70,45 @@ class Dispatcher:
     """Serves tuned models, each on its base."""
     on_note: Callable[[str], None] = lambda text: None
     parallel: int = 1
-    """Most runs at once."""
+    """Maximum number of runs at once."""
     active: dict[str, _Active] = field(default_factory=dict)
     last_start: dict[str, float] = field(default_factory=dict)
-    """The time at which a project's newest run was started, by project."""
+    """The time at which the newest run of each project was started, by project."""
     expires_next: float = 0.0
     """The time from which expired files are deleted again."""
     unserved: set[str] = field(default_factory=set)
-    """Jobs with results at ends of epochs, or at a stop, that may not be served yet."""
+    """Jobs whose snapshots (results at ends of epochs, or at a stop) may not all be served yet."""
     unfinished: dict[str, Record | None] = field(default_factory=dict)
-    """Jobs whose runs are done, and whose results wait for an engine, with the errors of their exports."""
+    """Jobs whose runs are done and whose results wait for an engine, each with the error of its exports."""
     crashes: Counter[str] = field(default_factory=Counter)
-    """Crashes of the engine while it was given the result of a job; of the run: `attempts` of the job."""
+    """Number of times that the engine crashed while it loaded the result of a job. Crashes of the run itself
+    are counted in the job, as `attempts`."""
     waiting: set[str] = field(default_factory=set)
     """Jobs that waited or were paused at the last round."""
     version: int = -1
-    """Version of the store that the last round has worked off; -1: none, or a round that failed."""
+    """Version of the store up to which all work was done; -1: no round has ended yet, or the last one
+    failed."""
 
     def __post_init__(self) -> None:
         self.checks = FileChecks(self.store, self.bases)
 
     def recover(self) -> None:
         """Take over the runs of an earlier server. Called once, before the first round."""
-        for line in self.store.sweep(with_uploads=True):
+        for line in self.store.remove_unused(with_uploads=True):
             self.on_note(line)
-        self.store.sweep_models()
+        self.store.remove_unused_weights()
         self.checks.recover()
         for job in self.store.with_status("running", "paused", "cancelled", "queued"):
             self.unserved.add(job["id"])
             if (process := self.launcher.find(self._run_path(job["id"]))) is not None:
                 self._follow_new(job, process)
-        for path in self.store.runs_path.glob("ftjob-*/checkpoints"):  # of jobs that ended in the last moment
+        # The earlier server may have been killed between the end of a job and `_tidy`.
+        for path in self.store.runs_path.glob("ftjob-*/checkpoints"):
             if path.parent.name not in self.active:
                 self._tidy(path.parent.name)
 
     def run(self, stop: threading.Event) -> None:
-        """Work until `stop`. Runs under way then stop after their step, and continue under the next server."""
+        """Work until `stop`. Runs at work then stop after their step, and continue under the next server."""
         last_problem = ""
         while not stop.wait(POLL_S):
             try:
@@ -123,7 +126,7 @@ class Dispatcher:
 
     def round(self) -> None:
         """Follow every run, then start as many as `parallel` allows."""
-        # 1. Has the store changed since the last round? A round that raises leaves -1: the next does all.
+        # 1. Has the store changed since the last round? A round that raises leaves -1: the next looks at all.
         version, last_version, self.version = self.store.version, self.version, -1
         is_new = version != last_version
         # 2. Follow the runs and the checks of files that are at work.
@@ -157,7 +160,8 @@ class Dispatcher:
     def _start_jobs(self) -> None:
         """Start as many runs as `parallel` allows, and tidy after jobs that wait no longer."""
         for job in self.store.with_status("running"):
-            if job["id"] not in (*self.active, *self.unfinished):  # left by an earlier server, or a full disk
+            # The server, or a round on a full disk, ended before the run of this job was followed.
+            if job["id"] not in (*self.active, *self.unfinished):
                 self.store.change_job(job["id"], if_status=["running"], status="queued")
         waiting = {job["id"] for job in self.store.with_status("paused", *WAITING)}
         for job_id in self.waiting - waiting - self.active.keys():
@@ -170,21 +174,26 @@ class Dispatcher:
                 self._begin(job)
 
     def _in_turn(self) -> list[Record]:
-        """Jobs that wait and are checked: first those of projects with the fewest runs, counting the project's
-        jobs before them; then of the project that has waited longest; each project's oldest first."""
-        num_before = Counter(active.project for active in self.active.values())
+        """Checked jobs that wait, in the order in which they start: projects take turns.
+
+        A job comes the earlier, the fewer jobs of its project come before it: running ones, and older ones that
+        wait. Between projects with equally many, the one whose last start is longest ago comes first.
+        """
+        num_earlier = Counter(active.project for active in self.active.values())
         checked = (job for job in self.store.with_status(*WAITING) if job["is_checked"])
         waiting = [job for job in checked if job["id"] not in self.active]
         ranks = {}
         for job in waiting:
-            ranks[job["id"]] = (num_before[job["project"]], self.last_start.get(job["project"], 0), job["seq"])
-            num_before[job["project"]] += 1
+            project = job["project"]
+            ranks[job["id"]] = (num_earlier[project], self.last_start.get(project, 0), job["seq"])
+            num_earlier[project] += 1
         return sorted(waiting, key=lambda job: ranks[job["id"]])
 
     def _may_run(self, job: Record) -> bool:
         """Whether the rules of its project allow one more run."""
-        most = self.store.rules.of(job["project"]).jobs_running
-        return most is None or sum(active.project == job["project"] for active in self.active.values()) < most
+        limit = self.store.rules.of(job["project"]).jobs_running
+        num_running = sum(active.project == job["project"] for active in self.active.values())
+        return limit is None or num_running < limit
 
     def _run_path(self, job_id: str) -> Path:
         return self.store.runs_path / job_id
@@ -197,7 +206,7 @@ class Dispatcher:
     # Start
 
     def _begin(self, job: Record) -> None:
-        """Start the run of a job, or continue it; of a run that is done only the job is finished."""
+        """Start the run of a job, or continue it. Where the run is done already, only finish the job."""
         job_id = job["id"]
         run = Run(self._run_path(job_id))
         messages = [event(job_id, "Fine-tuning job started", once="started")]
@@ -208,8 +217,8 @@ class Dispatcher:
         run.clear_stop()
         recipe_path = self.store.recipes_path / f"{job_id}.yaml"
         integrations = [Integration.model_validate(integration) for integration in job["request"]["integrations"]]
-        environment = integrations[0].wandb.environment if integrations else {}  # of the metrics' service
-        self._follow_new(job, self.launcher.start(run.path, recipe_path, environment))
+        wandb_variables = integrations[0].wandb.environment if integrations else {}
+        self._follow_new(job, self.launcher.start(run.path, recipe_path, wandb_variables))
 
     def _follow_new(self, job: Record, process: ChildProcess | RayRun) -> None:
         job_id, run = job["id"], Run(self._run_path(job["id"]))
@@ -220,14 +229,14 @@ class Dispatcher:
     # Follow
 
     def _follow(self, active: _Active, *, is_new: bool) -> bool:
-        """Follow a run; whether it has ended."""
+        """Follow a run. Returns whether it has ended."""
         try:
             self._follow_run(active, is_new=is_new)
-        except InputError as error:  # its folder is damaged, for which other jobs do not wait
+        except InputError as error:  # its folder is damaged: other jobs go on
             active.process.stop()
             if not active.process.is_alive():
                 self.active.pop(active.job_id, None)
-                fail(self.store, active.job_id, "run_failed", str(error))
+                fail_job(self.store, active.job_id, "run_failed", str(error))
         return active.job_id not in self.active
 
     def _follow_run(self, active: _Active, *, is_new: bool) -> None:
@@ -238,7 +247,9 @@ class Dispatcher:
         job = self._job(active.job_id)
         active.is_unwanted = job["status"] != "running"
         if active.is_unwanted and not (ended or active.run.stop_asked()):
-            active.process.stop()  # each round: a process that just started may have no folder, or clear a request
+            # In each round, since a process that has just started may lose the request: it has no folder yet, or
+            # clears it.
+            active.process.stop()
         if ended:
             del self.active[active.job_id]
             if job["status"] == "running":
@@ -246,7 +257,8 @@ class Dispatcher:
             self._tidy(active.job_id)
 
     def _relay(self, active: _Active) -> None:
-        """Put new events of the run into the store. If that fails, the next round begins with the first."""
+        """Put new events of the run into the store. If that fails, the next round reads all its events
+        again."""
         new_events = list(active.tail.read())
         if not new_events:
             return
@@ -257,11 +269,12 @@ class Dispatcher:
             raise
 
     def _store_events(self, active: _Active, run_events: Sequence[Event]) -> None:
-        """Put events of a run into the store, and what follows for its job. Known events change nothing."""
+        """Put events of a run into the store, and change its job by them. Events that the store has already
+        change nothing."""
         self.store.add_events(active.translate(run_events))
-        saved_steps = (run_event.step for run_event in run_events if run_event.kind == "checkpoint")
+        saved_steps = [run_event.step for run_event in run_events if run_event.kind == "checkpoint"]
         last_saved = max(saved_steps, default=-1)
-        if last_saved >= 0 and last_saved > self._job(active.job_id)["last_checkpoint"]:  # new progress
+        if saved_steps and last_saved > self._job(active.job_id)["last_checkpoint"]:  # the run makes progress
             self.store.change_job(active.job_id, if_status=["running"], last_checkpoint=last_saved, attempts=0)
         kinds = {run_event.kind for run_event in run_events}
         if "plan" in kinds:
@@ -272,16 +285,18 @@ class Dispatcher:
     def _store_hyperparameters(self, active: _Active) -> None:
         """Put the hyperparameters that the run has chosen into its job."""
         job, recipe = self._job(active.job_id), active.run.recipe()
-        multiplier = job["numbers"]["learning_rate_multiplier"]
-        numbers = {
-            "n_epochs": int(float(recipe.train.epochs)), "batch_size": recipe.train.rows_per_step,
+        requested = job["numbers"]
+        multiplier = requested["learning_rate_multiplier"]
+        hyperparameters = {
+            "n_epochs": int(float(recipe.train.epochs)),
+            "batch_size": recipe.train.rows_per_step,
             "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
-        }  # fmt: skip
-        if "beta" in job["numbers"]:
-            numbers["beta"] = recipe.prefer.filled().beta
-        if "compute_multiplier" in job["numbers"]:
-            numbers |= reinforcement.numbers_of(recipe.reinforce, recipe.evaluation)
-        self.store.change_job(active.job_id, if_status=["running", "paused"], numbers=numbers)
+        }
+        if "beta" in requested:
+            hyperparameters["beta"] = recipe.prefer.filled().beta
+        if "compute_multiplier" in requested:
+            hyperparameters |= reinforcement.numbers_of(recipe.reinforce, recipe.evaluation)
+        self.store.change_job(active.job_id, if_status=["running", "paused"], numbers=hyperparameters)
 
     def _end(self, job: Record, active: _Active) -> None:
         """Finish a job whose run has ended, let it wait again, or fail it."""
@@ -289,34 +304,33 @@ class Dispatcher:
         error = active.process.error()
         if (active.run.path / "run.json").exists() and active.run.state() == "done":
             return self._finish(job_id, active.run, error)
-        if error is not None and error["code"] == "Stopped":  # by the end of a server
+        if error is not None and error["code"] == "Stopped":  # a server that ended stopped it
             self.store.change_job(job_id, if_status=["running"], status="queued")
             return None
         if error is not None:
-            return self._fail_by(job, error)
+            return self._fail_with(job, error)
         attempts = job["attempts"] + 1
         if attempts >= MOST_ATTEMPTS:
             message = f"The run was ended from outside {attempts} times without a new checkpoint between."
-            return fail(self.store, job_id, "run_crashed", message)
+            return fail_job(self.store, job_id, "run_crashed", message)
         message = "Fine-tuning job will be started again: its run was ended from outside"
         messages = [event(job_id, message, level="warn")]
         self.store.change_job(job_id, messages, if_status=["running"], status="queued", attempts=attempts)
         return None
 
-    def _fail_by(self, job: Record, error: JsonObject) -> None:
-        """Fail a job with the error of its run: of rows of its files, by line; of memory; or of the run."""
+    def _fail_with(self, job: Record, error: JsonObject) -> None:
+        """Fail a job with the error that ended its run. An error of rows is reported by file and line."""
         for side in ("training", "validation"):
             file = job["request"][f"{side}_file"]
             if file is not None and (problems := list(problems_of(error, self.store.content_path(file)))):
                 fault = row_fault(problems, side)
-                return fail(self.store, job["id"], fault.code, fault.message, param=fault.param, lines=fault.lines)
+                return fail_job(self.store, job["id"], fault.code, fault.message, param=fault.param, lines=fault.lines)
         code, param = _ERRORS.get(error["code"], ("run_failed", None))
-        return fail(self.store, job["id"], code, str(error["message"]), param=param)
+        return fail_job(self.store, job["id"], code, str(error["message"]), param=param)
 
     def _serve_snapshots(self, job_id: str, run: Run) -> None:
-        """Serve results of epochs and of the newest stop, once each on their base; remove earlier stops' ones.
-
-        Raises RequestError while there is no engine.
+        """Serve each snapshot once, on its base: all of ends of epochs, and the newest of stops, whose earlier
+        ones are removed. Raises RequestError while there is no engine.
         """
         job = self._job(job_id)
         if job["status"] == "cancelled" or not run.events_path.exists():
@@ -333,7 +347,7 @@ class Dispatcher:
             except Exception as error:
                 if _is_unavailable(error):
                     raise
-                message = f"{name}: cannot be served: {for_clients(self.store, error)}"
+                message = f"{name}: cannot be served: {without_paths(self.store, error)}"
                 self.store.add_events([event(job_id, message, level="warn", once=f"refused {step}")])
                 continue
             owner = {"job": job_id, "base": job["base"], "project": job["project"]}
@@ -341,7 +355,7 @@ class Dispatcher:
             message = f"Checkpoint created at step {step} with Snapshot ID: {name}"
             self.store.add_model(model, [event(job_id, message, once=f"snapshot {step}")])
         if not stops or self.store.one(models, name=stops[-1]) is None:
-            return  # the newest is refused: the one before stays
+            return  # the newest cannot be served: the one before it stays
         for name in stops[:-1]:
             model_row = self.store.one(models, name=name)
             if model_row is None:  # it was never served
@@ -349,7 +363,7 @@ class Dispatcher:
             elif model_row["deleted_at"] is None:
                 self.engines.detach(name)
                 self.store.delete_model(name)
-                self.store.sweep_models()
+                self.store.remove_unused_weights()
 
     def _write_results(self, job_id: str, run_events: Iterable[Event]) -> Record:
         """Write the content of the results file, and return its row for the table of files."""
@@ -362,18 +376,19 @@ class Dispatcher:
         return {"id": file_id, **facts, "sha256": sha256_file(path)}
 
     def _tidy(self, job_id: str) -> None:
-        """Remove what only a further step would need of a job that has succeeded or was cancelled. A cancelled
-        job gets the results of its steps first, and loses the snapshot of its stop."""
+        """Remove what only another step would need, if a job has succeeded or was cancelled. For a cancelled
+        job the results file of its steps is written first, and the snapshot of its stop is removed."""
         job, run = self.store.job(job_id), Run(self._run_path(job_id))
         if job is None or job["status"] not in ("succeeded", "cancelled"):
             return
-        try:  # The result and the report stay.
-            for path in (run.rows_path, *run.checkpoints_path.glob("*")):  # first: the disk may be full
+        try:
+            # The result and the report stay. Space is freed first, since the disk may be full.
+            for path in (run.rows_path, *run.checkpoints_path.glob("*")):
                 remove(path)
             if job["status"] == "cancelled" and run.events_path.exists():
                 self._write_cancelled(job, run)
-            for path in (run.checkpoints_path, run.path / "lock.json"):  # a killed run leaves its lock
-                remove(path)
+            remove(run.checkpoints_path)
+            remove(run.path / "lock.json")  # a killed run leaves it
         except (OSError, RunError, StorageError) as error:
             failure = "the results of its steps are not kept"
             if job["status"] == "succeeded":
@@ -404,23 +419,24 @@ class Dispatcher:
             if _is_unavailable(error) and self.crashes[job_id] < MOST_ATTEMPTS:
                 self.unfinished[job_id] = export_error
                 return None
-            return fail(self.store, job_id, "result_not_served", f"The result cannot be served: {error}")
+            return fail_job(self.store, job_id, "result_not_served", f"The result cannot be served: {error}")
         run_events = list(run.events())
         self.store.add_events(EventTranslator(job_id)(run_events))
         file_row = self._write_results(job_id, run_events)
         step, metrics = max(metrics_by_step(run_events).items())
         model = {"name": name, "job": job_id, "base": job["base"], "step": step, "metrics": metrics}
+        export_message = "" if export_error is None else export_error.get("message", "")
         messages = [
             event(job_id, f"Checkpoint created at step {step} with Snapshot ID: {name}", once="snapshot"),
             event(job_id, f"New fine-tuned model created: {name}", once="model"),
-            *missing_exports(job_id, run, for_clients(self.store, (export_error or {}).get("message", ""))),
+            *missing_exports(job_id, run, without_paths(self.store, export_message)),
             event(job_id, "The job has successfully completed", once="completed"),
         ]
         num_tokens = trained_tokens(run_events)
         if not self.store.succeed(job_id, messages, model=model, result=file_row, trained_tokens=num_tokens):
-            return self.engines.detach(name)  # it was paused or cancelled in the last moment
-        self.store.sweep()
-        self.store.sweep_models()
+            return self.engines.detach(name)  # the job was paused or cancelled at the last moment
+        self.store.remove_unused()
+        self.store.remove_unused_weights()
         return None
 
 

@@ -47,7 +47,8 @@ class Engines:
             engine = self._engines[self._bases.names[name][0]]
             return engine, next(card.name for card in engine.served if card.is_base)
         first = next(iter(self._engines.values()))
-        owners = (engine for engine in self._engines.values() if any(card.name == name for card in engine.served))
+        engines = self._engines.values()
+        owners = (engine for engine in engines if name in [card.name for card in engine.served])
         return next(owners, first), name
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:

@@ -72,7 +72,8 @@ class FileChecks:
         for job in sorted(waiting, key=lambda job: (self.last_start.get(job["project"], 0), job["seq"])):
             if len(self.active) >= CHECKS_AT_ONCE:
                 break
-            if job["id"] not in self.active and all(project != job["project"] for project, _ in self.active.values()):
+            is_idle = all(project != job["project"] for project, _ in self.active.values())
+            if is_idle and job["id"] not in self.active:
                 self.active[job["id"]] = (job["project"], self.start(self._place(job["id"]), self._request(job)))
                 self.last_start[job["project"]] = time.monotonic()
 
@@ -133,14 +134,14 @@ class FileChecks:
                 message = (
                     f"The process that reads its files ended {attempts} times without an answer. Send shorter rows."
                 )
-                fail(self.store, name, "check_crashed", message)
+                fail_job(self.store, name, "check_crashed", message)
             return
         try:
             recipe, numbers = self._recipe(job, facts_of(answer))
         except FileFault as fault:
-            return fail(self.store, name, fault.code, fault.message, param=fault.param, lines=fault.lines)
+            return fail_job(self.store, name, fault.code, fault.message, param=fault.param, lines=fault.lines)
         except InputError as error:  # of its base, which its numbers do not fit
-            return fail(self.store, name, "run_failed", str(error))
+            return fail_job(self.store, name, "run_failed", str(error))
         write_atomic(self.store.recipes_path / f"{name}.yaml", recipe)
         messages = [event(name, "Files validated, moving job to queued state", once="validated")]
         if "compute_multiplier" in numbers:
@@ -183,11 +184,11 @@ class FileChecks:
         return path
 
 
-def fail(
+def fail_job(
     store: Store, name: str, code: str, message: str, *, param: str | None = None, lines: Iterable[str] = ()
 ) -> None:
     """Let a job end by an error, with an event for each of `lines`. Clients see no paths of this machine."""
-    message = for_clients(store, message)
+    message = without_paths(store, message)
     messages = [event(name, line, level="error") for line in lines]
     text = message if message.startswith("The job failed") else f"The job failed: {message}"
     messages.append(event(name, text, level="error"))
@@ -195,7 +196,7 @@ def fail(
     store.change_job(name, messages, if_status=[*WAITING, "running"], status="failed", error=error)
 
 
-def for_clients(store: Store, message: object) -> str:
+def without_paths(store: Store, message: object) -> str:
     """A message without the place of the store."""
     return str(message).replace(f"{store.folder}/", "")
 

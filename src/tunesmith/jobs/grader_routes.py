@@ -13,7 +13,7 @@ from tunesmith.errors import InputError
 from tunesmith.graders import schema
 from tunesmith.graders.grade import Answer, Grade
 from tunesmith.graders.openai_object import object_of
-from tunesmith.graders.pool import Pool
+from tunesmith.graders.pool import TOO_DEEP, Pool
 from tunesmith.graders.strangers import RUNS_CODE, GraderRefusedError, GraderRules, runnable
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import Parameters, StrictRoute
@@ -80,4 +80,6 @@ def _trial(grader: schema.Grader, body: TrialBody) -> JsonObject:
     except InputError as error:  # its code ends while it is loaded, or a judge has no key
         loads_code = any(part.type in RUNS_CODE for part in schema.parts_of(grader).values())
         grade = Grade(None, {}, "exception" if loads_code else "unreachable", str(error))
+    except RecursionError:
+        grade = Grade(None, {}, "exception", TOO_DEEP)
     return object_of(grader, grade, time.monotonic() - began)

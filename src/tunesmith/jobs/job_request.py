@@ -54,7 +54,7 @@ class DpoHyperparameters(Hyperparameters):
 
 def _usual_effort(value: Any) -> Any:
     if value != "default":
-        raise ValueError('should be "default": models here have no levels of reasoning')
+        raise ValueError('should be "default": models here have no levels of reasoning. Leave it out')
     return value
 
 

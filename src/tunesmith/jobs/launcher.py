@@ -17,7 +17,8 @@ from pathlib import Path
 
 import orjson
 
-from tunesmith.environment import CARD_SHARE, SERVING_SHARE, card_share, for_child, python_words
+from tunesmith.environment.children import for_child, python_words
+from tunesmith.environment.process import CARD_SHARE, SERVING_SHARE, card_share
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.types import JsonObject

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.environment import CARD_SHARE
+from tunesmith.environment.process import CARD_SHARE
 from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.parallel.cluster import needs_of
 from tunesmith.recipe import load

@@ -66,8 +66,10 @@ def _row(run_event: Event) -> JsonObject:
 
 
 def _errors(values: Record) -> dict[str, int]:
-    """Answers of a step without a reward, by OpenAI's name of the error."""
+    """Answers of a step without a reward, and those without the JSON that is read, by OpenAI's name of the error."""
     errors: dict[str, int] = {}
     for kind, num in values.get("unscored", {}).items():
         errors[ERRORS[kind]] = errors.get(ERRORS[kind], 0) + num
+    if unread := values.get("unread", 0):  # these have a reward, the lowest one
+        errors[ERRORS["not_json"]] = unread
     return errors

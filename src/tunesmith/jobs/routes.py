@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -329,8 +330,9 @@ def _check_wandb() -> None:
         is_offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
         if not (is_offline or os.environ.get("WANDB_API_KEY")):
             raise InputError("the server has no key: set WANDB_API_KEY (or WANDB_MODE=offline) where it is started.")
-    except InputError as error:
-        raise RequestError(f"integrations: wandb: {error}", param="integrations", code="integration_failed") from None
+    except InputError as error:  # clients see no paths of this machine
+        message = f"integrations: wandb: on the server: {str(error).replace(sys.executable, 'python')}"
+        raise RequestError(message, param="integrations", code="integration_failed") from None
 
 
 def make_model_router(store: Store, bases: Bases, detach: Detach) -> APIRouter:
@@ -351,7 +353,7 @@ def make_model_router(store: Store, bases: Bases, detach: Detach) -> APIRouter:
             raise RequestError(message, param="model", code="model_in_use")
         await detach(name)
         store.delete_model(name)
-        await asyncio.to_thread(store.sweep_models)
+        await asyncio.to_thread(store.remove_unused_weights)
         return json_response({"id": name, "object": "model", "deleted": True})
 
     return router

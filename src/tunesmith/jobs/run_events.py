@@ -33,59 +33,80 @@ class EventTranslator:
         self.last_reward: float | None = None
 
     def __call__(self, run_events: Iterable[Event]) -> list[JsonObject]:
-        return [{**row, "created_at": int(run_event.time)} for run_event in run_events for row in self._rows(run_event)]
+        rows: list[JsonObject] = []
+        for run_event in run_events:
+            created_at = int(run_event.time)
+            rows += [{**row, "created_at": created_at} for row in self._rows(run_event)]
+        return rows
 
     def _rows(self, run_event: Event) -> Iterator[JsonObject]:
         values = run_event.values
-        if run_event.kind == "plan":
-            self.total_steps = values["steps"]
-            yield event(self.job, f"Plan: {plural(self.total_steps, 'step')}", once=f"plan {self.total_steps}")
-            texts = [f"{choice['key']} = {option(choice['value'])}: {choice['reason']}" for choice in values["choices"]]
-            if texts:  # one event: clients look at the last ten
-                values_alone = [(choice["key"], choice["value"]) for choice in values["choices"]]
-                yield event(self.job, "Chosen: " + "\n".join(texts), once=f"choices {values_alone}")
-        if run_event.kind == "step" and REWARD_KEY in values:
+        match run_event.kind:
+            case "plan":
+                yield from self._of_plan(values)
+            case "step":
+                yield self._of_step(run_event)
+                if run_event.step == self.total_steps:  # what follows takes a minute, or longer
+                    text = "All steps are done: the result is measured, saved and loaded next"
+                    yield event(self.job, text, once="measured next")
+            case "evaluation":
+                yield from self._of_evaluation(run_event)
+            case "resume":
+                text = f"Fine-tuning job continues after step {values['from_step']}"
+                yield event(self.job, text, once=f"resume {values['from_step']} {run_event.time}")
+            case "sample" if values["index"] % SAMPLES_AN_EVENT == 0:
+                text = f"Measuring the {_MEASURED[values['name']]}: sample prompts answered: {values['index'] + 1}"
+                yield event(self.job, text, once=f"sample {values['name']} {values['index']}")
+            case "general":
+                text = f"Measuring the {_MEASURED[values['name']]}: loss on general text {values['loss']:.2f}"
+                yield event(self.job, text, once=f"general {values['name']}")
+            case "note":
+                yield event(self.job, values["text"], level="warn", once=f"note {run_event.step} {values['text']}")
+
+    def _of_plan(self, values: Record) -> Iterator[JsonObject]:
+        self.total_steps = values["steps"]
+        yield event(self.job, f"Plan: {plural(self.total_steps, 'step')}", once=f"plan {self.total_steps}")
+        texts = [f"{choice['key']} = {option(choice['value'])}: {choice['reason']}" for choice in values["choices"]]
+        if texts:  # one event: clients look at the last ten
+            values_alone = [(choice["key"], choice["value"]) for choice in values["choices"]]
+            yield event(self.job, "Chosen: " + "\n".join(texts), once=f"choices {values_alone}")
+
+    def _of_step(self, run_event: Event) -> JsonObject:
+        """A loss, or a reward."""
+        values = run_event.values
+        data: JsonObject = {"total_steps": self.total_steps}
+        if REWARD_KEY in values:
             self.last_reward = values[REWARD_KEY]
-            data = {"total_steps": self.total_steps, **reward_metrics.of_step(run_event)}
-            text = f"Step {run_event.step}/{self.total_steps} , train mean reward={values[REWARD_KEY]:.2f}"
-            yield event(self.job, text, data=data, once=f"step {run_event.step}")
-        elif run_event.kind == "step":
+            data |= reward_metrics.of_step(run_event)
+            text = f" , train mean reward={values[REWARD_KEY]:.2f}"
+        else:
             self.last_loss = _number(values["loss"])
-            data = {"step": run_event.step, "train_loss": self.last_loss, "total_steps": self.total_steps}
-            text = f"Step {run_event.step}/{self.total_steps}: training loss={values['loss']:.2f}"
-            yield event(self.job, text, data=data, once=f"step {run_event.step}")
-        if run_event.kind == "step" and run_event.step == self.total_steps:  # what follows takes a minute, or longer
-            text = "All steps are done: the result is measured, saved and loaded next"
-            yield event(self.job, text, once="measured next")
-        if run_event.kind == "evaluation" and REWARD_KEY in values["measures"]:
-            metrics = reward_metrics.of_evaluation(run_event)
-            data = {"step": run_event.step, "total_steps": self.total_steps, **metrics}
-            text = f"Step {run_event.step}/{self.total_steps} "
+            data |= {"step": run_event.step, "train_loss": self.last_loss}
+            text = f": training loss={values['loss']:.2f}"
+        return event(self.job, self._at(run_event) + text, data=data, once=f"step {run_event.step}")
+
+    def _of_evaluation(self, run_event: Event) -> Iterator[JsonObject]:
+        """The loss of the validation file, but not of the untouched model; or its reward."""
+        values = run_event.values
+        data: JsonObject = {"step": run_event.step, "total_steps": self.total_steps}
+        if REWARD_KEY in values["measures"]:
+            data |= reward_metrics.of_evaluation(run_event)
+            text = " "
             if self.last_reward is not None:
                 data[TRAINING_KEY] = self.last_reward
                 text += f", train mean reward={self.last_reward:.2f}"
-            text += f", full validation mean reward={metrics[VALIDATION_KEY]:.2f}"
-            yield event(self.job, text, data=data, once=f"measured {run_event.step}")
-        elif run_event.kind == "evaluation" and values["name"] != "before":
-            loss = _number(values["loss"])
-            data = {
-                "step": run_event.step, "train_loss": self.last_loss, "total_steps": self.total_steps,
-                **held_out_metrics(values),
-            }  # fmt: skip
-            text = f"Step {run_event.step}/{self.total_steps}: training loss={self.last_loss or 0:.2f}"
-            text += f", validation loss={loss or 0:.2f}, full validation loss={loss or 0:.2f}"
-            yield event(self.job, text, data=data, once=f"measured {run_event.step}")
-        if run_event.kind == "resume":
-            text = f"Fine-tuning job continues after step {values['from_step']}"
-            yield event(self.job, text, once=f"resume {values['from_step']} {run_event.time}")
-        if run_event.kind == "sample" and run_event.values["index"] % SAMPLES_AN_EVENT == 0:
-            text = f"Measuring the {_MEASURED[values['name']]}: sample prompts answered: {values['index'] + 1}"
-            yield event(self.job, text, once=f"sample {values['name']} {values['index']}")
-        if run_event.kind == "general":
-            text = f"Measuring the {_MEASURED[values['name']]}: loss on general text {values['loss']:.2f}"
-            yield event(self.job, text, once=f"general {values['name']}")
-        if run_event.kind == "note":
-            yield event(self.job, values["text"], level="warn", once=f"note {run_event.step} {values['text']}")
+            text += f", full validation mean reward={data[VALIDATION_KEY]:.2f}"
+        elif values["name"] != "before":
+            data |= {"train_loss": self.last_loss, **held_out_metrics(values)}
+            loss = data["valid_loss"] or 0
+            text = f": training loss={self.last_loss or 0:.2f}, validation loss={loss:.2f}"
+            text += f", full validation loss={loss:.2f}"
+        else:
+            return
+        yield event(self.job, self._at(run_event) + text, data=data, once=f"measured {run_event.step}")
+
+    def _at(self, run_event: Event) -> str:
+        return f"Step {run_event.step}/{self.total_steps}"
 
 
 def held_out_metrics(values: Record) -> JsonObject:

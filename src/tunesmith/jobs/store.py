@@ -251,20 +251,22 @@ class Store:
     def delete_file(self, name: str) -> bool:
         """Whether there was one. Its content goes at once, or when no job that has not ended needs it."""
         done = self.update(files, {"deleted_at": int(time.time())}, id=name, deleted_at=None)
-        self.sweep()
+        self.remove_unused()
         return done
 
-    def sweep(self, *, with_uploads: bool = False) -> list[str]:
-        """Remove contents of deleted files that no open job needs, and runs that are kept no longer.
+    def remove_unused(self, *, with_uploads: bool = False) -> list[str]:
+        """Remove contents of deleted files that no open job needs, and runs that are no longer kept.
 
-        `with_uploads`: at the start also halves of uploads, and what no row names is set aside, in case the
-        database is an older copy. Later it may belong to an upload being finished. A line for what moved.
+        `with_uploads`: when a server starts. Unfinished uploads are removed then, and files that no row names
+        are set aside, since the database may be an older copy; later they may belong to an upload that is being
+        finished. Returns a line on what was set aside.
         """
         stored = self._read(sa.select(files.c.id, files.c.deleted_at))
         # Read after the files: a job that is made of one meanwhile is seen here.
-        needed = {row["request"].get(key) for row in self.open_jobs() for key in ("training_file", "validation_file")}
+        open_jobs = list(self.open_jobs())
+        needed = {row["request"].get(key) for row in open_jobs for key in ("training_file", "validation_file")}
         needed |= {row["id"] for row in stored if row["deleted_at"] is None}
-        needed |= {derived_id("file-", row["id"], "results") for row in self.open_jobs()}  # written first
+        needed |= {derived_id("file-", row["id"], "results") for row in open_jobs}  # written first
         deleted = {row["id"] for row in stored} - needed
         unknown = []
         for path in list(self.files_path.iterdir()):
@@ -306,11 +308,13 @@ class Store:
                     else:
                         is_over = (jobs.c.finished_at < before) & jobs.c.id.not_in(kept_jobs)
                     rows = sa.update(table).where(table.c.project == project, table.c[done].is_(None), is_over)
-                    what = "its time is over" if table is files else "its run is removed, no model of it is left"
+                    what = "its run is removed, no model of it is left"
+                    if table is files:
+                        what = "its time is over"
                     gone = connection.scalars(rows.values({done: now}).returning(table.c.id))
                     lines += [f"{name}: {what}" for name in gone]
         if lines:
-            self.sweep()
+            self.remove_unused()
         return lines
 
     # Jobs
@@ -451,7 +455,7 @@ class Store:
                 name = started[everything[name]["job"]]
         return everything, needed
 
-    def sweep_models(self) -> None:
+    def remove_unused_weights(self) -> None:
         """Remove weights that no model needs any more: of deleted ones, and merged ones without an open job."""
         everything, needed = self._needed_models()
         in_use = {row["request"].get("starts_from") for row in self.open_jobs()}

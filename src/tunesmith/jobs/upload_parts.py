@@ -75,7 +75,7 @@ class JoinBody(Parameters):
 def create_upload(store: Store, body: UploadBody) -> Record:
     """The row of a new upload. Raises RequestError for a wrong purpose or a project without room."""
     check_purpose(body.purpose)
-    store.sweep()
+    store.remove_unused()
     name, now = new_id("upload_"), int(time.time())
     row = {
         "id": name, "status": "pending", "bytes": body.bytes, "purpose": body.purpose,

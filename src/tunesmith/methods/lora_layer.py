@@ -60,7 +60,9 @@ class LoraLinear(nn.Module):
     @property
     def is_transposed(self) -> bool:
         """Whether the base's weight is [I, O], as in GPT-2's Conv1D."""
-        return self.base.lies_transposed if isinstance(self.base, QuantizedLinear) else isinstance(self.base, Conv1D)
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.lies_transposed
+        return isinstance(self.base, Conv1D)
 
     @property
     def weight_OI(self) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith.environment import import_bitsandbytes, install_command
+from tunesmith.environment.packages import import_bitsandbytes, install_command
 from tunesmith.errors import InputError, ModelError, RecipeError
 from tunesmith.methods.adapter_format import (
     WEIGHTS,

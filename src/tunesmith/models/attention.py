@@ -64,10 +64,8 @@ _TRACE: ContextVar[AttentionTrace | None] = ContextVar("tunesmith_packed_forward
 
 @contextmanager
 def packed_forward() -> Iterator[AttentionTrace]:
-    """Around the forward of a packed batch: no mask is built. Not needed for the backward.
-
-    A nested one shares the trace of the outer one.
-    """
+    """A block around the forward pass of a packed batch: no mask is built in it. The backward pass needs no
+    such block. A nested block shares the trace of the outer one."""
     trace = _TRACE.get() or AttentionTrace()
     token = _TRACE.set(trace)
     try:
@@ -78,7 +76,7 @@ def packed_forward() -> Iterator[AttentionTrace]:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Inside the block no packed forward is open: a vision tower reads its image with masks of its own."""
+    """A block in which no packed forward is open: a vision tower reads its image with masks of its own."""
     token = _TRACE.set(None)
     try:
         yield
@@ -223,7 +221,7 @@ def _by_pieces(
 def _layout(
     segments: Segments, rows: tuple[RowSize, ...], query_1HTD: Tensor, key_1GKD: Tensor, *, causal: bool
 ) -> BlockLayout:
-    """Made in the first layer of a pass and used by all others."""
+    """The layout of the pieces of a pass: made in its first layer, and used by all others."""
     heads = query_1HTD.shape[1], key_1GKD.shape[1]
     name = (rows, heads, causal, query_1HTD.dtype)
     if name not in segments.layouts:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.environment import card_share
+from tunesmith.environment.process import card_share
 from tunesmith.errors import is_out_of_memory, one_line
 from tunesmith.phrases import size
 
@@ -101,7 +101,7 @@ def _install(driver_major: int, capability: tuple[int, int] | None = None) -> st
 
 
 def _words_of_torch() -> str:
-    """Warnings of torch as it looks for cards, once in a process."""
+    """The warnings that torch gives while it looks for cards, once in a process."""
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         torch.cuda.is_available()
@@ -155,8 +155,8 @@ def exact_products() -> Iterator[None]:
 
 
 def in_use(device: str | torch.device) -> str:
-    """A note where others hold memory of a card, with its free memory and who they are; "" where nobody does.
-    To be called before this process holds any."""
+    """A note where other processes hold memory of a card, with its free memory and their names; "" where none
+    does. To be called before this process holds any."""
     if torch.device(device).type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)

@@ -71,7 +71,7 @@ def gate(g_TF: Tensor, u_TF: Tensor, activation: Activation) -> Tensor:
 def gate_backward(
     gh_TF: Tensor, g_TF: Tensor, u_TF: Tensor, activation: Activation, *, needs_h: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """h, if it is needed, and the gradients of g and u. Writes into that of h."""
+    """h, if it is needed, and the gradients of g and u. Writes into the gradient of h."""
     if on_card(g_TF):
         return torch.ops.tunesmith.gate_backward(gh_TF, g_TF, u_TF, activation.name)  # type: ignore[no-any-return]
     act_TF = activation.value(g_TF)

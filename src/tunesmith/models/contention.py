@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from tunesmith.environment import num_cpus
+from tunesmith.environment.process import num_cpus
 
 INTERVAL_S = 0.5
 BUSY_SHARE, BUSY_INTERVALS = 0.25, 2

@@ -28,36 +28,40 @@ LOGITS_BYTES = 32 * 2**20
 """Bytes of logits whose divergences are computed together."""
 
 
-def listed_piece(
-    logits_NV: Tensor, here: slice, *, values_NC: Tensor, vocabulary: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Forward divergence from a list, see `data.teacher_rows.columns`."""
-    values_NC = values_NC[here].to(logits_NV.dtype)
+def listed(values_NC: Tensor, *, vocabulary: int, temperature: float) -> OfPiece:
+    """The divergence from the lists of all targets, see `data.teacher_rows.columns`, in pieces."""
     top = (values_NC.shape[1] - 1) // 2
-    ids_NK, logp_NK, rest_N = values_NC[:, :top].long(), values_NC[:, top:-1], values_NC[:, -1]
-    scaled_NV = logits_NV[:, :vocabulary] / temperature
-    lse_N1 = scaled_NV.logsumexp(-1, keepdim=True)
-    logq_NK = scaled_NV.gather(1, ids_NK) - lse_N1
-    others_NV = scaled_NV.scatter(1, ids_NK, float("-inf"))
-    logq_rest_N = others_NV.logsumexp(-1) - lse_N1[:, 0]
-    p_NK, p_rest_N = logp_NK.exp(), rest_N.exp()
-    losses_N = _weighed(p_NK, logp_NK - logq_NK).sum(-1) + _weighed(p_rest_N, rest_N - logq_rest_N)
-    total_N1 = (p_NK.sum(-1) + p_rest_N)[:, None]
-    gradient_NV = total_N1 * (scaled_NV - lse_N1).exp() - p_rest_N[:, None] * others_NV.softmax(-1)
-    gradient_NV.scatter_add_(1, ids_NK, -p_NK)
-    return losses_N, _whole(gradient_NV / temperature, logits_NV)
+
+    def of_part(logits_NV: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        numbers_NC = values_NC[here].to(logits_NV.dtype)
+        ids_NK, logp_NK, rest_N = numbers_NC[:, :top].long(), numbers_NC[:, top:-1], numbers_NC[:, -1]
+        scaled_NV = logits_NV[:, :vocabulary] / temperature
+        lse_N1 = scaled_NV.logsumexp(-1, keepdim=True)
+        logq_NK = scaled_NV.gather(1, ids_NK) - lse_N1
+        others_NV = scaled_NV.scatter(1, ids_NK, float("-inf"))
+        logq_rest_N = others_NV.logsumexp(-1) - lse_N1[:, 0]
+        p_NK, p_rest_N = logp_NK.exp(), rest_N.exp()
+        losses_N = _weighed(p_NK, logp_NK - logq_NK).sum(-1) + _weighed(p_rest_N, rest_N - logq_rest_N)
+        total_N1 = (p_NK.sum(-1) + p_rest_N)[:, None]
+        gradient_NV = total_N1 * (scaled_NV - lse_N1).exp() - p_rest_N[:, None] * others_NV.softmax(-1)
+        gradient_NV.scatter_add_(1, ids_NK, -p_NK)
+        return losses_N, _whole(gradient_NV / temperature, logits_NV)
+
+    return partial(_in_parts, of_part=of_part)
 
 
-def reverse_piece(
-    logits_NV: Tensor, here: slice, *, teacher_of: Callable[[slice], Tensor], vocabulary: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Reverse divergence from all of the teacher's logits, [N, V] of a piece."""
-    teacher_NV = teacher_of(here)[:, :vocabulary].to(logits_NV.dtype)
-    logq_NV = (logits_NV[:, :vocabulary] / temperature).log_softmax(-1)
-    ratio_NV = logq_NV - (teacher_NV / temperature).log_softmax(-1)
-    q_NV = logq_NV.exp()
-    losses_N = (q_NV * ratio_NV).sum(-1)
-    return losses_N, _whole(q_NV * (ratio_NV - losses_N[:, None]) / temperature, logits_NV)
+def reverse(teacher_of: Callable[[slice], Tensor], *, vocabulary: int, temperature: float) -> OfPiece:
+    """The reverse divergence from all of the teacher's logits, [N, V] of a piece, in pieces."""
+
+    def of_part(logits_NV: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        teacher_NV = teacher_of(here)[:, :vocabulary].to(logits_NV.dtype)
+        logq_NV = (logits_NV[:, :vocabulary] / temperature).log_softmax(-1)
+        ratio_NV = logq_NV - (teacher_NV / temperature).log_softmax(-1)
+        q_NV = logq_NV.exp()
+        losses_N = (q_NV * ratio_NV).sum(-1)
+        return losses_N, _whole(q_NV * (ratio_NV - losses_N[:, None]) / temperature, logits_NV)
+
+    return partial(_in_parts, of_part=of_part)
 
 
 def _weighed(p: Tensor, logs: Tensor) -> Tensor:
@@ -93,18 +97,6 @@ class _OfLogits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         (gradient_NV,) = ctx.saved_tensors
         return (gradient_NV * grad).to(gradient_NV.dtype), None
-
-
-def listed(values_NC: Tensor, *, vocabulary: int, temperature: float) -> OfPiece:
-    """The divergence from the lists of all targets, [N, C], in pieces."""
-    piece = partial(listed_piece, values_NC=values_NC, vocabulary=vocabulary, temperature=temperature)
-    return partial(_in_parts, of_part=piece)
-
-
-def reverse(teacher_of: Callable[[slice], Tensor], *, vocabulary: int, temperature: float) -> OfPiece:
-    """The reverse divergence from what the teacher finds, in pieces."""
-    piece = partial(reverse_piece, teacher_of=teacher_of, vocabulary=vocabulary, temperature=temperature)
-    return partial(_in_parts, of_part=piece)
 
 
 def _in_parts(logits_NV: Tensor, here: slice, *, of_part: OfPiece) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,8 @@ class OutputLayer:
         return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is self.layer
 
     def chunks(self, targets: int, *, trained: bool) -> Iterator[slice]:
-        """The chunks of so many targets, of like size: a small last one would read the weights for little."""
+        """Chunks of these targets, all of about one size: a small last chunk would read the weights for
+        little."""
         num = -(-targets // self.chunk_size(trained=trained))
         yield from (slice(targets * i // num, targets * (i + 1) // num) for i in range(num))
 
@@ -153,7 +154,9 @@ def find_output_layer(model: PreTrainedModel) -> OutputLayer | None:
     ours = output.logits(hidden_TD)
     tolerance = 4 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     # A model of values that are not numbers has no such layer: its losses then say so.
-    return output if ours.shape == expected.shape and bool(((ours - expected).abs() <= tolerance).all()) else None
+    if ours.shape != expected.shape or not bool(((ours - expected).abs() <= tolerance).all()):
+        return None
+    return output
 
 
 class _LossSum(torch.autograd.Function):

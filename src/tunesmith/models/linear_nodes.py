@@ -145,7 +145,9 @@ def _stacked(layers: Sequence[LinearParts]) -> Tensor | None:
 
 def _input(x: Tensor, weight_H: Tensor | None, inverse_T1: Tensor | None) -> Tensor:
     """[T, I], the input of a node: x, or what a norm answered to it."""
-    return x if weight_H is None or inverse_T1 is None else normed(x, weight_H, inverse_T1).reshape(-1, x.shape[-1])
+    if weight_H is None or inverse_T1 is None:
+        return x
+    return normed(x, weight_H, inverse_T1).reshape(-1, x.shape[-1])
 
 
 def _forward(x_TI: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor | None, list[Tensor]]:

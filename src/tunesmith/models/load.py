@@ -59,18 +59,18 @@ from tunesmith.runs.atomic import sha256_file
 from tunesmith.types import Aside, HeadName, JsonObject, Labels, ModelKind
 
 OnNote = Callable[[str], None]
-_OF_A_HEAD = re.compile(r"(^|\.)(cls|lm_head|pooler|classifier|score|qa_outputs|predictions)\.")
+_HEAD_WEIGHT = re.compile(r"(^|\.)(cls|lm_head|pooler|classifier|score|qa_outputs|predictions)\.")
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
 MAX_TEMPLATE_BYTES = 64 * 1024
-_FOREIGN = (
+_LIBRARY_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
     AssertionError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
-"""Errors that transformers raises for files it cannot use: it has no class of its own for them."""
+"""Errors that transformers raises for files it cannot use; it has no class of its own for them."""
 
 
 def load_config(located: ModelRef) -> PreTrainedConfig:
@@ -81,26 +81,29 @@ def load_config(located: ModelRef) -> PreTrainedConfig:
 
 def pretrained_args(located: ModelRef) -> JsonObject:
     """The arguments of from_pretrained for a local model; they forbid network and remote code."""
-    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    local_only: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if located.is_gguf:
-        return {"pretrained_model_name_or_path": str(located.path.parent), "gguf_file": located.path.name, **here}
-    return {"pretrained_model_name_or_path": str(located.path), **here}
+        files = {"pretrained_model_name_or_path": str(located.path.parent), "gguf_file": located.path.name}
+    else:
+        files = {"pretrained_model_name_or_path": str(located.path)}
+    return {**files, **local_only}
 
 
 @contextlib.contextmanager
 def wrap_errors(located: ModelRef, what: str) -> Iterator[None]:
-    """Foreign errors become a ModelError that names the model; foreign output is kept off the terminal."""
+    """A block that calls transformers: its errors become a ModelError that names the model, and what it prints
+    is kept off the terminal."""
     try:
-        with silence_transformers(), _gguf() if located.is_gguf else contextlib.nullcontext():
+        with silence_transformers(), _quiet_gguf() if located.is_gguf else contextlib.nullcontext():
             yield
-    except _FOREIGN as error:
+    except _LIBRARY_ERRORS as error:
         text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
         raise ModelError(f"{located.path}: {what}: {text[:500]}") from error
 
 
 @contextlib.contextmanager
-def _gguf() -> Iterator[None]:
-    # The bar of the GGUF loader knows no switch; it writes to stderr.
+def _quiet_gguf() -> Iterator[None]:
+    # The GGUF loader's progress bar cannot be switched off; it writes to stderr.
     with contextlib.redirect_stderr(io.StringIO()), read_once():
         yield
 
@@ -114,7 +117,7 @@ def model_kind(located: ModelRef) -> ModelKind:
         return "encoder_decoder"
     if is_seeing(config):
         return "causal"
-    # BERT and its like are listed as causal too, for use as a decoder, which their config then says.
+    # BERT and its like are listed as causal too: they can be decoders, and then their config says so.
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
         config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
     ):
@@ -129,7 +132,7 @@ def model_kind(located: ModelRef) -> ModelKind:
     )
 
 
-_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
+_TOKENIZER_PATTERNS = ("*token*", "*vocab*", "*.model", "tekken.json")
 
 
 def load_tokenizer(
@@ -137,21 +140,22 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the chat template of the file `template` if one is given.
 
-    `on_note` gets what a person should know: a template that was replaced, a GGUF's tokenizer that may differ.
+    `on_note` gets what the user should know: a template that was replaced, a GGUF's tokenizer that may differ.
     """
     try:
         check_growth(located.path / "tokenizer.json")
         with wrap_errors(located, "its tokenizer cannot be used"):
             tokenizer = AutoTokenizer.from_pretrained(**pretrained_args(located))
-    except ModelError as error:  # transformers takes a file that it cannot read for one of tiktoken
-        alone = sorted(path.name for path in located.path.glob("*.model"))
-        if located.path.is_dir() and not any(any(located.path.glob(name)) for name in _TOKENIZER_FILES):
-            way = "Copy the tokenizer files of its base model into it, tokenizer.json above all."
-            raise ModelError(f"{located.name}: no tokenizer in this folder. {way}") from error
-        if not alone or find_spec("sentencepiece"):
+    except ModelError as error:  # transformers' own words are about tiktoken, whatever is missing
+        has_files = any(any(located.path.glob(pattern)) for pattern in _TOKENIZER_PATTERNS)
+        if located.path.is_dir() and not has_files:
+            way_out = "Copy the tokenizer files of its base model into it, tokenizer.json above all."
+            raise ModelError(f"{located.name}: no tokenizer in this folder. {way_out}") from error
+        sentencepiece_files = sorted(path.name for path in located.path.glob("*.model"))
+        if not sentencepiece_files or find_spec("sentencepiece"):
             raise
-        way = f"to read {alone[0]} the package sentencepiece is needed: pip install sentencepiece"
-        raise ModelError(f"{located.name}: its tokenizer has no tokenizer.json; {way}") from error
+        way_out = f"to read {sentencepiece_files[0]} the package sentencepiece is needed: pip install sentencepiece"
+        raise ModelError(f"{located.name}: its tokenizer has no tokenizer.json; {way_out}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{located.name}: its tokenizer has no fast form (tokenizer.json). Use a model that has one.")
     if located.is_gguf:
@@ -200,19 +204,22 @@ def load_model(
 ) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`, in eval mode, with a head that answers with `labels`.
 
-    Each weight is read straight onto the device, and packed there as `packing` says; a GGUF's are moved later.
-    A head that answers with the labels already is kept, and without `labels` whatever head there is; any other
-    is new, drawn from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` gets new
-    weights, and weights that the model does not use, which are therefore not in what is saved.
+    Weights are read straight onto the device, a GGUF's are moved there. Raises ModelError where a weight is missing
+    or misshapen, unless it belongs to a new head, or where transformers has no such head for the model.
 
-    Raises ModelError where another weight is missing or of another shape than the config says, or where
-    transformers has no such head for the model.
+    Args:
+        labels: a head that has these labels already is kept, any other is replaced. None: the model keeps its head.
+        seed: alone decides the weights of a new head.
+        tokenizer: the model's own, if it was loaded already.
+        packing: the way in which weights are quantized on the device; None: they are not.
+        on_note: gets notes on new weights, and on weights that the model does not use, which a save will lack.
     """
     contention.watch()  # whoever loads a model computes with it, next to whatever else runs on the machine
     # Reading a GGUF's config takes as long as its weights; it has no labels, and no architecture without heads.
     config = None if located.is_gguf else load_config(located)
     settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)
     if not located.is_gguf:
+        settings["use_safetensors"] = True
         settings |= {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
         settings |= {} if packing is None else {"quantization_config": packing}
     # What transformers draws for missing weights is drawn again below: it leaves no trace in the process.
@@ -220,27 +227,24 @@ def load_model(
         model, report = auto_class(located, config, head).from_pretrained(
             **pretrained_args(located),
             **settings,
-            **({} if located.is_gguf else {"use_safetensors": True}),
             dtype=dtype,
             ignore_mismatched_sizes=labels is not None,
             output_loading_info=True,
         )
     if head == "sequence" and not heads.pools_last(model) and model_kind(located) == "causal":
-        name = type(model).__name__
-        raise ModelError(f"{located.name}: the head of a {name} reads a text in its own way. Use another model.")
-    lacks = _lacking(located, model, report, drawable=labels is not None or head in ("masked_token", "vector"))
-    if head == "vector" and lacks:
-        model.pooler, lacks = None, set()  # it is not read
-    keep = labels is None or (config is not None and heads.same_labels(config, head, labels))
-    fresh = heads.fresh_names(model, lacks, keep=keep)
-    heads.init_head(model, fresh, seed=seed)
-    if config is not None and not keep and set(fresh).isdisjoint(report["missing_keys"]):
+        what = f"the head of a {type(model).__name__} reads a text in its own way"
+        raise ModelError(f"{located.name}: {what}. Use another model.")
+    may_be_new = labels is not None or head in ("masked_token", "vector")
+    missing = _missing_head_weights(located, model, report, may_be_new=may_be_new)
+    if head == "vector" and missing:
+        model.pooler, missing = None, set()  # it is not read
+    keeps_head = labels is None or (config is not None and heads.same_labels(config, head, labels))
+    new_names = heads.fresh_names(model, missing, keep=keeps_head)
+    heads.init_head(model, new_names, seed=seed)
+    if config is not None and not keeps_head and set(new_names).isdisjoint(report["missing_keys"]):
         on_note(f"{located.name} has a head for other labels ({listed(config.id2label.values())}): it is replaced")
-    if fresh:
-        note = f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(fresh)}"
-        on_note(Aside(note) if set(fresh) <= set(heads.new_head_names(model)) else note)
-    if unused := sorted(report["unexpected_keys"]):
-        on_note(_unused_note(located, model, unused))
+    for note in _notes_on_weights(located, model, new=new_names, seed=seed, unused=sorted(report["unexpected_keys"])):
+        on_note(note)
     if heads.pools_last(model) or (head == "vector" and config is not None and not located.is_gguf):
         choose_pad_token(model, tokenizer or load_tokenizer(located, None), on_note)
     if located.is_gguf:
@@ -248,31 +252,38 @@ def load_model(
     return model.to(device)
 
 
-def _unused_note(located: ModelRef, model: PreTrainedModel, unused: list[str]) -> str:
-    """A note on weights that were not loaded, which is as usual where they belong to another head."""
-    note = f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}"
-    return Aside(note) if all(map(_OF_A_HEAD.search, unused)) else note
+def _notes_on_weights(
+    located: ModelRef, model: PreTrainedModel, *, new: Sequence[str], seed: int, unused: Sequence[str]
+) -> Iterator[str]:
+    """Notes on new weights, and on weights that were not loaded. They are asides where the weights belong to a
+    head: a new one, or another one than the model gets."""
+    if new:
+        note = f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(new)}"
+        yield Aside(note) if set(new) <= set(heads.new_head_names(model)) else note
+    if unused:
+        note = f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}"
+        yield Aside(note) if all(map(_HEAD_WEIGHT.search, unused)) else note
 
 
 def auto_class(located: ModelRef, config: PreTrainedConfig | None, head: HeadName) -> Any:
     """transformers' class that makes such a model with this head. Raises ModelError where it has none."""
-    translates = config is not None and config.is_encoder_decoder and head == "next_token"
-    sees = head == "next_token" and is_seeing(config)
-    auto, known = _AUTO["translated" if translates else "seeing" if sees else head]
-    if config is not None and type(config) not in known:
-        what = {"next_token": "predicts the next token", "masked_token": "predicts masked tokens"}.get(
-            head, "has such a head"
-        )
+    auto, known_configs = _AUTO_CLASSES[head]
+    if head == "next_token" and config is not None and config.is_encoder_decoder:
+        auto, known_configs = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    elif head == "next_token" and is_seeing(config):
+        auto, known_configs = AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if config is not None and type(config) not in known_configs:
+        abilities = {"next_token": "predicts the next token", "masked_token": "predicts masked tokens"}
+        ability = abilities.get(head, "has such a head")
         raise ModelError(
-            f"{located.name}: transformers has no {config.model_type} that {what} ({auto.__name__}). Use another model."
+            f"{located.name}: transformers has no {config.model_type} that {ability} ({auto.__name__}). "
+            "Use another model."
         )
     return auto
 
 
-_AUTO: dict[str, tuple[Any, Any]] = {
+_AUTO_CLASSES: dict[str, tuple[Any, Any]] = {
     "next_token": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-    "seeing": (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    "translated": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     "masked_token": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
     "sequence": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "tokens": (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
@@ -280,24 +291,27 @@ _AUTO: dict[str, tuple[Any, Any]] = {
 }
 
 
-def _lacking(located: ModelRef, model: PreTrainedModel, found: JsonObject, *, drawable: bool) -> set[str]:
-    """Weights of the head that the files lack and that may be drawn. Raises ModelError if they lack others."""
-    missing = set(found["missing_keys"])
-    misshapen = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"]}
-    may_be_new = {name for name in missing | misshapen if drawable and heads.in_head(model, name)}
+def _missing_head_weights(
+    located: ModelRef, model: PreTrainedModel, report: JsonObject, *, may_be_new: bool
+) -> set[str]:
+    """Weights of the head that the files lack, to be drawn. Raises ModelError if the files lack other weights,
+    or any where no weight `may_be_new`."""
+    missing = set(report["missing_keys"])
+    misshapen = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]}
+    to_draw = {name for name in missing | misshapen if may_be_new and heads.in_head(model, name)}
     for names, what in ((missing, "not in its files"), (misshapen, "of another shape than its config says")):
-        if wrong := sorted(names - may_be_new):
+        if wrong := sorted(names - to_draw):
             raise ModelError(
                 f"{located.name}: {len(wrong)} weights are {what}, such as {wrong[0]}: they would start as "
                 f"random numbers. Use a whole {type(model).__name__}."
             )
-    if found.get("error_msgs"):
-        raise ModelError(f"{located.name}: its weights cannot be loaded: {found['error_msgs'][0]}")
-    return may_be_new
+    if report.get("error_msgs"):
+        raise ModelError(f"{located.name}: its weights cannot be loaded: {report['error_msgs'][0]}")
+    return to_draw
 
 
 def _forget_gguf(model: PreTrainedModel, located: ModelRef) -> None:
-    """Remove what marks the weights as quantized: they are plain by now and could not be saved with it."""
+    """Remove what marks the weights as quantized: they are plain by now, and the mark would prevent a save."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for name in ("hf_quantizer", "quantization_method"):
@@ -305,7 +319,7 @@ def _forget_gguf(model: PreTrainedModel, located: ModelRef) -> None:
             delattr(model, name)
     model.is_quantized = False
     model.config._name_or_path = located.name
-    # Numbers come as float32: 1e-05 would be saved as 9.999999747378752e-06.
+    # A GGUF has numbers in float32: 1e-05 would be saved as 9.999999747378752e-06.
     for name, value in vars(model.config).items():
         if isinstance(value, float):
             setattr(model.config, name, float(f"{value:.7g}"))

@@ -36,7 +36,9 @@ def choose_device(name: str) -> Choice:
         return Choice("device", "mps", "the graphics processor of this Mac")
     _refuse_card("auto", card.why_unused())
     if card.driver():
-        why = "CUDA_VISIBLE_DEVICES hides every card" if card.is_hidden() else "an NVIDIA driver is here, but no card"
+        why = "an NVIDIA driver is here, but no card"
+        if card.is_hidden():
+            why = "CUDA_VISIBLE_DEVICES hides every card"
         return Choice("device", "cpu", f"{why} (a container gets cards by `docker run --gpus all`)")
     return Choice("device", "cpu", "no CUDA or Apple graphics processor that torch can use")
 

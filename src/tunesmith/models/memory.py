@@ -17,7 +17,8 @@ def peak_memory_bytes(device: str) -> int:
     what getrusage says of a child begins with its parent's peak."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if (status := Path("/proc/self/status")).exists() and (most := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+    status = Path("/proc/self/status")
+    if status.exists() and (most := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
         return int(most[1]) * 1024
     try:
         import resource

@@ -28,7 +28,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tunesmith.environment import import_bitsandbytes, install_command
+from tunesmith.environment.packages import import_bitsandbytes, install_command
 from tunesmith.errors import RecipeError
 
 BLOCK = 64

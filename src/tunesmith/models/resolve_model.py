@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from tunesmith.errors import ModelError, hub_failures, why_refused
+from tunesmith.environment.hub import hub_failures, why_refused
+from tunesmith.errors import ModelError
 from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, check_folder, refuse_pickles, shards
 from tunesmith.models.gguf import read_gguf
 from tunesmith.phrases import near_file
@@ -228,7 +229,8 @@ def _with_headers(model: str, commit: str, small: Path, files: Sequence[str]) ->
         text = json.dumps({"__metadata__": metadata.metadata or {}, **tensors}).encode()
         with storing(folder / name), open(folder / name, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(out.tell() + max((info.data_offsets[1] for info in metadata.tensors.values()), default=0))
+            ends = [info.data_offsets[1] for info in metadata.tensors.values()]
+            out.truncate(out.tell() + max(ends, default=0))
     return ModelRef("hub", folder, model, commit, headers)
 
 

@@ -5,7 +5,7 @@
 
 Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4; the backward follows by the product
 rule. Kept for it: x, which the model holds anyway, and one number a token. It computes in float32 inside. On a
-card it is torch's own kernel, that of `F.rms_norm`, which reads x once.
+card it is torch's own kernel of `F.rms_norm`, which reads x once.
 """
 
 # T tokens, H hidden size

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tunesmith.environment import import_bitsandbytes, install_command
+from tunesmith.environment.packages import import_bitsandbytes, install_command
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.types import required
 

@@ -122,7 +122,7 @@ def _add_runs(router: APIRouter, site: Site) -> None:
     def forget(run: str) -> Response:
         """Take away what is left of a run that did not start."""
         if launches.starting(site.root, run) is None:
-            raise RequestError(f"{run[:100]}: is no run that did not start.", status=404, code="not_found")
+            raise RequestError(f"{run[:100]}: no run of this name failed to start.", status=404, code="not_found")
         launches.forget(site.root / run)
         return json_response({"name": run, "forgotten": True})
 
@@ -183,7 +183,7 @@ def _add_engine(router: APIRouter, site: Site) -> None:
         """Load a run with its base for chats and programs, in place of another."""
         run = site.find(body.run)
         if not (run.adapter_path.exists() or run.model_path.exists()):
-            raise RequestError(f"{body.run}: has no result yet to chat with.", status=409, code="conflict")
+            raise RequestError(f"{body.run}: it has no result to chat with yet.", status=409, code="conflict")
         await site.engine.load(run.path.name, stays=body.stays)
         return json_response(site.engine.deployment())
 

@@ -96,7 +96,9 @@ class ChatEngine:
             if self._engine is not None and self._engine.state().running:
                 self._used = time.monotonic()
             if self._engine is not None and not self.stays and time.monotonic() - self._used > IDLE_S:
-                self._note(f"{self.target}: nobody chatted for {IDLE_S / 60:.0f} min: its memory is given back")
+                self._note(
+                    f"{self.target}: no question for {IDLE_S / 60:.0f} min: it is unloaded, which frees its memory"
+                )
                 await self.unload()
 
     def _ready(self) -> WorkerEngine:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.environment import CARD_SHARE
+from tunesmith.environment.process import CARD_SHARE
 from tunesmith.errors import TunesmithError
 from tunesmith.jobs.launcher import ChildProcess, start_child
 from tunesmith.runs.folder import Run, slug
@@ -45,7 +45,7 @@ class Wanted:
 def argument(name: str, value: str) -> str:
     """The value as a command's argument. Raises RequestError for one that is empty or reads as an option."""
     if not value.strip() or value.startswith("-") or "\0" in value:
-        raise RequestError(f"{name}: {value[:100]!r}: name one that is here.", param=name)
+        raise RequestError(f"{name}: {value[:100]!r}: give one from the list.", param=name)
     return value
 
 
@@ -70,7 +70,9 @@ def resume(run: Run, settings: Iterable[tuple[str, str]] = (), *, offline: bool)
     """Let a run go on, with other options. Raises RequestError: 409 where there is nothing to resume."""
     state = run.state()
     if state not in RESUMABLE:
-        raise RequestError(f"{run.path.name}: it is {state}: there is nothing to resume.", status=409, code="conflict")
+        raise RequestError(
+            f"{run.path.name}: it is {state}, so there is nothing to resume.", status=409, code="conflict"
+        )
     words = ["resume", str(run.path), *set_words(settings), *(["--offline"] if offline else [])]
     start_process(run.path, [*words, "--json"])
     return {"name": run.path.name}
@@ -105,7 +107,7 @@ def start_process(run: Path, words: Sequence[str], *, says: bool = False) -> Non
         run.parent.mkdir(parents=True, exist_ok=True)
         start_child(run, "tunesmith", words, WHOLE_CARD, says=says)
     except BlockingIOError as error:
-        message = f"{run.name}: a process of it is at work already."
+        message = f"{run.name}: it is at work already."
         raise RequestError(message, status=409, code="conflict") from error
     except OSError as error:
         message = f"{run.name}: cannot be started: {error.strerror}."

@@ -72,7 +72,7 @@ class LocalFiles:
         left_out = [f"the newest {MOST_LISTED:,} of {len(files):,} files of rows are listed"]
         left_out = left_out if len(files) > MOST_LISTED else []
         if num > MOST_LOOKED_AT:
-            left_out.append(f"only {MOST_LOOKED_AT:,} files were looked at: begin with --data in a smaller folder")
+            left_out.append(f"only {MOST_LOOKED_AT:,} files were looked at: start with --data and a smaller folder")
         newest = sorted(files, key=lambda file: -file["time"])[:MOST_LISTED]
         places = sorted(str(place) for place in models)[:MOST_LISTED]
         return {"files": newest, "models": places, "more": "; ".join(left_out)}
@@ -86,7 +86,7 @@ class LocalFiles:
         for file in self.listing()["files"]:
             if name in (file["name"], file["path"]):
                 return str(file["path"])
-        message = f"{name[:100]}: no file of that name is below {self.folder}. Choose one of the list, or drop it here."
+        message = f"{name[:100]}: there is no such file in {self.folder}. Choose one from the list, or drop it here."
         raise RequestError(message, status=404, code="not_found", param="file")
 
     def _name(self, path: Path) -> str:
@@ -110,7 +110,7 @@ class LocalFiles:
         if not re.fullmatch(r"[^/\\\0-\x1f\x7f]{1,200}", name) or name.startswith("."):
             raise RequestError(f"{name[:100]!r}: is no name for a file.", param="name")
         if not name.lower().endswith(ROWS):
-            raise RequestError(f"{name[:100]}: rows are in files that end in {', '.join(ROWS)}.", param="name")
+            raise RequestError(f"{name[:100]}: is not a file of rows. They end in {', '.join(ROWS)}.", param="name")
         room = min(MOST_UPLOADED, free_bytes(self.folder) - KEPT_FREE)
         if int(request.headers.get("content-length") or 0) > room:
             raise RequestError(f"{name}: the disk has no room for it.", status=507, code="storage")
@@ -140,4 +140,4 @@ class LocalFiles:
                 path.open("xb").close()
                 os.replace(temporary, path)  # a link is not known to every file system
                 return path
-        raise RequestError(f"{name}: a thousand files have that name.", status=409, code="conflict")
+        raise RequestError(f"{name}: a thousand files have this name. Rename it.", status=409, code="conflict")

@@ -16,12 +16,12 @@ from markupsafe import Markup
 from starlette.responses import Response
 
 from tunesmith import phrases
+from tunesmith.environment.version import __version__
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.pages import pictures
 from tunesmith.serve.protocol import RequestError
 from tunesmith.summaries import checks, words
 from tunesmith.summaries.runs import model_name
-from tunesmith.version import __version__
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "

@@ -119,7 +119,7 @@ def _add_entrance(router: APIRouter, site: Site) -> None:
     async def open_link(request: Request) -> Response:
         token = site.access.open_link(request.query_params.get("code", ""))
         if token is None:
-            message = "This link was opened before, or another server made it. A link is good once."
+            message = "This link was opened before, or another server made it. A link works once."
             return _login(request, site, back="/ui/", status=401, message=message)
         return _entered(request, site, token, "/ui/")
 

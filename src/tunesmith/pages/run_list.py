@@ -14,7 +14,7 @@ from tunesmith.pages.live import LiveRuns
 from tunesmith.runs.folder import Run
 from tunesmith.serve.commands import look
 from tunesmith.summaries.runs import UNREADABLE, facts, phase, time_left, unreadable
-from tunesmith.types import JsonObject
+from tunesmith.types import REWARD_KEY, JsonObject
 
 PAGE = 50
 MOST_FACTS = 5_000
@@ -91,11 +91,11 @@ class RunList:
             if (run.path / "lock.json").exists() and run.is_locked():
                 log = self._runs.log(run)
                 series, last = log.series, log.last
-                row = {**self._row(name), "time_left": "", "phase": "", "loss": None, "reward": None}
+                row = {**self._row(name), "time_left": "", "phase": "", "loss": None, REWARD_KEY: None}
                 if "problem" not in row:
                     recent = series.steps.get(series.step)
                     row |= {"time_left": time_left(series), "phase": phase(run, last.time if last else 0.0)}
-                    row |= {"loss": recent.loss, "reward": recent.reward} if recent else {}
+                    row |= {"loss": recent.loss, REWARD_KEY: recent.reward} if recent else {}
                     row |= {"is_stopping": run.stop_asked()}
                 yield row
 

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Protocol
 
 from tunesmith import errors
-from tunesmith.environment import for_child, python_words
+from tunesmith.environment.children import for_child, python_words
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import from_json

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunesmith.environment import SAFE_PATH, for_child, install_command
+from tunesmith.environment.children import SAFE_PATH, for_child
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import InputError
 from tunesmith.recipe.schema import Recipe
 

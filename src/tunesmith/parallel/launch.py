@@ -18,7 +18,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.environment import for_child, num_cpus, python_words
+from tunesmith.environment.children import for_child, python_words
+from tunesmith.environment.process import num_cpus
 from tunesmith.errors import GroupError, RecipeError, Stopped, TunesmithError
 from tunesmith.parallel.world import AGREED, OWN_AGENT, place_of
 from tunesmith.phrases import command, plural

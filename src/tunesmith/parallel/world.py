@@ -22,9 +22,9 @@ from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
+from tunesmith.environment.version import __version__
 from tunesmith.errors import GroupError, InputError, NonFiniteError, OutOfMemoryError, Stopped, TunesmithError, WayOut
 from tunesmith.types import JsonObject, Record
-from tunesmith.version import __version__
 
 JOIN_S = 600.0
 """Seconds in which every rank must have come: from a cold network disk imports take minutes."""

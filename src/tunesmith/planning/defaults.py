@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tunesmith.data.columns import absent_columns, ask_text_or_classes, usual_columns
 from tunesmith.data.formats import task_of_rows
 from tunesmith.data.splits import Splits, first_example
-from tunesmith.environment import default_threads
+from tunesmith.environment.process import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, has_short_answers, new_tokens_for
 from tunesmith.evaluation.metrics import METRICS
@@ -355,7 +355,7 @@ def _every(train: Train, documents: int, task: Task, facts: Facts) -> tuple[int 
 def _metric(evaluation: EvaluationOptions, facts: Facts) -> tuple[str, str]:
     if evaluation.every is None or facts.headline == "loss":
         return facts.headline, ""
-    return facts.headline, "the report leads with it; of evaluations that are as good, that of the lower loss is best"
+    return facts.headline, "the report leads with it; of equally good evaluations the one with the lower loss is best"
 
 
 def _keep(evaluation: EvaluationOptions) -> tuple[str, str]:

@@ -20,7 +20,8 @@ import psutil
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tunesmith.environment import for_child, python_words, resident_bytes
+from tunesmith.environment.children import for_child, python_words
+from tunesmith.environment.process import resident_bytes
 from tunesmith.errors import InputError
 from tunesmith.models.card import free_bytes, in_use, prepare_allocator
 from tunesmith.models.machine import free_on_processor

@@ -35,7 +35,8 @@ class Draws:
     """Steps that learn from a draw."""
 
     def words(self, answers: int | None = None) -> int:
-        """Tokens that are written one after the other for so many answers, or a draw's, of full length."""
+        """Tokens that are written one after the other for this number of answers of full length; None: a
+        draw's."""
         num = self.answers if answers is None else answers
         return self.new_tokens * -(-num // self.streams)
 

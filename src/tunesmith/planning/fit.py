@@ -34,6 +34,25 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
+def with_fewer_streams(recipe: Recipe, predict: Predict) -> tuple[Recipe, list[Choice]]:
+    """The recipe with as many answers decoded together as there is memory for, as long as fewer take less: of one
+    prompt at least. An answer does not follow from their number but for rounding."""
+    streams, forecast = resolved(recipe.reinforce.streams), predict(recipe)
+    best, first = recipe, forecast.memory.total
+    while forecast.memory.total > (1 - MARGIN) * forecast.device.room and streams > recipe.reinforce.samples:
+        fewer = max(recipe.reinforce.samples, streams // 2)
+        changed = with_options(recipe, {"reinforce.streams": fewer})
+        smaller = predict(changed)
+        if smaller.memory.total >= forecast.memory.total:  # something else takes the most
+            break
+        best, forecast, streams = changed, smaller, fewer
+    if best is recipe:
+        return recipe, []
+    room, wanted = gib(forecast.device.room), resolved(recipe.reinforce.streams)
+    reason = f"{wanted:,} would need {gib(first)} of {room}; the answers are the same but for rounding"
+    return best, [Choice("reinforce.streams", streams, reason)]
+
+
 def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) -> tuple[Recipe, list[Choice], Forecast]:
     """The recipe with `train.checkpointed_layers` decided, and with `free_tokens` smaller passes if need be.
 
@@ -102,6 +121,8 @@ def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[JsonObje
     least = min(tokens, max(longest, SMALLEST_PASS))
     smallest = {"train.tokens_per_pass": least, "train.checkpointed_layers": num_layers}
     narrow = {"precision": "bfloat16"} if recipe.precision == "float32" else {}
+    if recipe.reinforce.grader is not None:
+        yield {"reinforce.streams": recipe.reinforce.samples}
     yield {"train.tokens_per_pass": max(least, tokens // 4)}
     yield {"train.tokens_per_pass": least}
     yield {"train.checkpointed_layers": num_layers}

@@ -412,16 +412,17 @@ def counts(
     evaluations = evaluations_of(recipe.evaluation, steps)
     devices = resolved(recipe.devices)  # among which rows are dealt; the first one computes a reference
     held, trained = rows.held_store.lengths[rows.held_rows], rows.store.lengths[rows.train_rows]
-    task = TASKS[resolved(recipe.task)]
-    most = resolved(recipe.evaluation.surprising)
+    task, most = TASKS[resolved(recipe.task)], resolved(recipe.evaluation.surprising)
     if task.sees_rows:  # of what training has seen a head's answers are found again, for those that are listed
         most = min(most, MOST_HIGH_LOSS) if task.learns_classes else 0
     looked_at = min(1.0, most / len(trained))
-    read, written, taught, guard = 0.0, 0.0, 0, 0
+    read, written, taught, guard = 0.0, 0.0, 0, 0.0
     graded = len(held) * recipe.reinforce.held_out_samples * evaluations if task.samples else 0
     if (draws := drawn.draws_of(recipe)) and task.samples:
         written = draws.words(-(-graded // evaluations // devices)) * devices * evaluations
         guard = of_step  # the answers of step 1, measured as they are learnt
+        if METHODS[recipe.method.name].is_adapter and graded:  # held-out answers, with the adapter and without
+            guard += 2 * graded * (draws.new_tokens + float(held.mean())) / devices
     elif head == "next_token":
         read, written = _answers(recipe.evaluation, rows, together=prompts, on_the_way=evaluations - 2)
     if recipe.distil.teacher is not None:
@@ -445,9 +446,8 @@ def counts(
 
 
 def _answers(evaluation: EvaluationOptions, rows: Splits, *, together: int, on_the_way: int) -> tuple[float, float]:
-    """Tokens of all prompts that are answered before, `on_the_way` and after, and tokens that are
-    written one after the other: at first answers are as long as they may be, in the end short
-    ones as long as they should be."""
+    """Tokens of all prompts that are answered before, `on_the_way` and after, and tokens that are written one after
+    the other: at first answers are as long as they may be, in the end short ones as long as they should be."""
     last, first = (min(resolved(num), len(rows.held_rows)) for num in (evaluation.samples, evaluation.samples_before))
     if last == 0:
         return 0.0, 0.0

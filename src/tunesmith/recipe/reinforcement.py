@@ -32,21 +32,21 @@ class Reinforce(OptionGroup):
     """Rule that says how good an answer is: file.py, file.py:FUNCTION, a grader in .json or .yaml, or run:RUN,
     a run of task reward. Try it first: tunesmith grade."""
     samples: Annotated[int, Field(ge=2, le=64)] = 8
-    """Answers drawn to each prompt of a step: a group, whose mean reward is what
-    each of them is compared with."""
+    """Answers drawn to each prompt of a step. They are a group: each reward is compared
+    with the mean of its group."""
     max_new_tokens: Positive = 256
     """Most tokens of an answer; prompts leave room for them in data.max_tokens."""
     temperature: Annotated[float, Field(le=2)] = 1.0
     """Temperature at which answers are drawn and learnt, from 0.1 on."""
     updates: Annotated[int, Field(ge=1, le=4)] = 1
-    """Steps whose answers are drawn at once, by the weights of the first of them. Each answer is learnt once.
-    More draw faster, and learn from answers of weights that are up to three updates old."""
+    """Steps whose answers are drawn at once, with the weights before the first of them. Each answer is learnt
+    once. More are faster, but later steps learn from the answers of older weights."""
     loss: Literal["clip", "cispo", "sequence"] = "clip"
     """Loss of a token. clip: as PPO and GRPO. cispo: the weight is clipped, not the token. sequence: as GSPO,
     an answer has one ratio. With `updates: 1` clip and cispo have the same gradient."""
     normalize: Literal["tokens", "answers", "constant"] = "tokens"
-    """Divisor of a step's loss. tokens: its answers' tokens, as DAPO. answers: their number, each by its own
-    length before, as GRPO. constant: their number times max_new_tokens, as Dr. GRPO."""
+    """Divisor of a step's loss. tokens: its answers' tokens, as DAPO. answers: their number, and each
+    answer is divided by its length first, as GRPO. constant: their number times max_new_tokens, as Dr. GRPO."""
     baseline: Literal["group", "leave_one_out"] = "group"
     """Comparison of a reward: with the mean of its group, or of the others in it, as RLOO."""
     scale: Literal["none", "group", "step"] = "none"
@@ -54,18 +54,19 @@ class Reinforce(OptionGroup):
     as GRPO, or of the whole step."""
     kl: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the divergence from the untouched model, token by token; needs an adapter. 0.02 keeps the
-    language where a grader looks at a part of it only."""
+    model's language where a grader looks only at a part of an answer."""
     correct: Annotated[float, Field(ge=1)] | None = 2.0
-    """Most weight of a token by which the rounding of drawing and learning is made good; null: none."""
+    """Largest weight of a token that corrects the rounding between drawing and learning; null: no
+    correction."""
     cut: Literal["grade", "drop"] = "grade"
     """Answers that reach max_new_tokens: graded as they are, or left out of the step."""
     held_out_samples: Positive = 4
     """Answers drawn to each held-out prompt before and after, with the same random numbers."""
     passes: float = 1.0
     """Least reward of an answer that counts as right in pass@1 and pass@k."""
-    keep_answers: Annotated[int, Field(ge=0)] = 100
+    keep_answers: Annotated[int, Field(ge=0)] | None = 100
     """Newest steps whose answers are kept, with reward and advantage, in the run's
-    folder: rollouts/step-N.jsonl."""
+    folder: rollouts/step-N.jsonl; null: all."""
     streams: Positive | Auto = "auto"
     """Most answers decoded together. auto: all that are drawn at once, at most 128, on a card 256.
     Another number changes rounding."""

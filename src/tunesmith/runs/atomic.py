@@ -111,6 +111,15 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Put a file at another place too, by hard link where the disk allows. Raises OSError, StorageError."""
+    try:
+        os.link(source, path)
+    except OSError:
+        with open(source, "rb") as content, writing(path) as copy:
+            shutil.copyfileobj(content, copy, 1 << 20)
+
+
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of a folder that exists or will; `sys.maxsize` where the system does not say."""
     try:

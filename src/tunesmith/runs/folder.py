@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
+from tunesmith.environment.version import __version__
 from tunesmith.errors import RunError
 from tunesmith.phrases import command, listed
 from tunesmith.runs import atomic, events
 from tunesmith.types import Event, JsonObject, Record
-from tunesmith.version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe

@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
+from tunesmith.environment.version import __version__
 from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, RequestLog
 from tunesmith.serve.protocol import Engine, GenerationRequest, Modality, ModelCard, RequestError
 from tunesmith.serve.request_schemas import (
@@ -50,7 +51,6 @@ from tunesmith.serve.responses import (
     with_tool_calls,
 )
 from tunesmith.types import JsonObject
-from tunesmith.version import __version__
 
 T = TypeVar("T")
 _ROUTES = {

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tunesmith.environment import for_child, python_words
+from tunesmith.environment.children import for_child, python_words
 from tunesmith.runs.atomic import from_json, to_json
 from tunesmith.types import JsonObject, Record
 
@@ -111,7 +111,8 @@ class CommandRunner:
         key = (module, tuple(words), tuple((str(path), look(path)) for path in files))
         with self._lock:
             answer = self._answers.pop(key, None)
-            is_new = answer is None or time.monotonic() - answer.ended >= (FAILED_AGE_S if answer.error else age_s)
+            most_age_s = FAILED_AGE_S if answer is not None and answer.error else age_s
+            is_new = answer is None or time.monotonic() - answer.ended >= most_age_s
             self._answers[key] = answer = answer if answer is not None and not is_new else Reply(words)
             drop_oldest(self._answers, MOST_KEPT, MOST_BYTES)
         if is_new:

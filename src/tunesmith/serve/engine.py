@@ -14,7 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from tunesmith.environment import CARD_SHARE, SERVING_SHARE, card_share, for_child, python_words
+from tunesmith.environment.children import for_child, python_words
+from tunesmith.environment.process import CARD_SHARE, SERVING_SHARE, card_share
 from tunesmith.errors import TunesmithError
 from tunesmith.serve.protocol import (
     EngineOptions,
@@ -32,9 +33,10 @@ from tunesmith.serve.protocol import (
 
 END_TIMEOUT_S = 5.0
 LATE_S, SILENT_S = 15.0, 60.0
-"""Without a sign of life, which comes every two seconds: it counts as down, and is ended and started again."""
+"""A worker sends something every two seconds. After `LATE_S` without a message it counts as down; after
+`SILENT_S` it is ended, and another one is started."""
 RESTART_PAUSE_S = 5.0
-"""After a worker that could not be started."""
+"""Pause after a worker that could not be started."""
 MAX_LINE_BYTES = 1 << 30
 """Longest message of the worker; as much is read ahead, so that its end is always noticed."""
 MAX_PRINTED = 20
@@ -49,7 +51,7 @@ class WorkerProcess:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.served: Sequence[ModelCard] = ()
         self.process = process
-        self.heard, self._was_silent = time.monotonic(), False
+        self.last_message_at, self._was_silent = time.monotonic(), False
         self._input, self._output, self._errors = cast(Any, (process.stdin, process.stdout, process.stderr))
         self._printed: deque[str] = deque(maxlen=MAX_PRINTED)
         self._printing = asyncio.create_task(self._collect_output())
@@ -62,7 +64,7 @@ class WorkerProcess:
             *python_words("tunesmith.serve.worker"),
             stdin=pipe, stdout=pipe, stderr=pipe, limit=MAX_LINE_BYTES,
             env=for_child(TOKENIZERS_PARALLELISM="false", **variables),
-            start_new_session=True,  # Ctrl-C is for the server, which finishes what is under way
+            start_new_session=True,  # Ctrl-C is for the server, which finishes requests first
         )  # fmt: skip
         worker = cls(process)
         try:
@@ -88,8 +90,8 @@ class WorkerProcess:
 
     @property
     def is_well(self) -> bool:
-        """Whether it lives, and has said something lately."""
-        return self.is_alive and time.monotonic() - self.heard < LATE_S
+        """Whether it is alive and has sent something lately."""
+        return self.is_alive and time.monotonic() - self.last_message_at < LATE_S
 
     def send(self, message: object) -> None:
         """Send a message; does nothing if the worker has just ended."""
@@ -100,12 +102,12 @@ class WorkerProcess:
     async def receive(self) -> Any:
         """The worker's next message; None: it has ended."""
         line = await self._output.readline()
-        self.heard = time.monotonic()
+        self.last_message_at = time.monotonic()
         return unpack(line) if line.endswith(b"\n") else None
 
     async def next(self) -> Any:
-        """As `receive`; ends the worker where nothing comes for `SILENT_S`."""
-        for _ in range(2):  # where this process was stopped itself, the first wait is over before it has read
+        """As `receive`, but ends the worker if nothing comes for `SILENT_S`."""
+        for _ in range(2):  # if this process itself was suspended, its first wait ends before it has read anything
             with suppress(asyncio.TimeoutError):
                 return await asyncio.wait_for(self.receive(), SILENT_S / 2)
         self._was_silent = True
@@ -114,7 +116,7 @@ class WorkerProcess:
         return None
 
     async def ended(self) -> str:
-        """The reason of the worker's end, once it has ended."""
+        """Wait until the worker has ended. Returns why it did."""
         code = await self.process.wait()
         await asyncio.wait([self._printing], timeout=1)
         if code < 0:
@@ -142,8 +144,8 @@ class WorkerProcess:
 
 @dataclass(eq=False)
 class _Call:
-    """A request under way. `num_left`: answers that are not finished; a call without
-    any has one event, its reply."""
+    """A request that waits or is answered. `num_left`: answers that are not finished; 0 from the start for a
+    request with a single reply."""
 
     num_left: int = 0
     events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -159,9 +161,12 @@ class _Call:
 class WorkerEngine:
     """`protocol.Engine` over a worker process, from its `start`.
 
-    `names`: run names or folders, model folders or hub ids; the runs share one base, which is served too.
-    `root`: the folder of runs. `attached`: runs to attach from the start, by the names to serve them as.
-    `on_note`: receives a line for each thing the user should know, such as a restart.
+    Args:
+        names: names or folders of runs, folders of models, or hub ids. The runs share one base, which is served
+            too.
+        root: the folder of runs.
+        attached: runs to attach from the start, by the names to serve them under.
+        on_note: receives a line for each thing that the user should know, such as a restart.
     """
 
     def __init__(
@@ -184,9 +189,9 @@ class WorkerEngine:
         self._restarts = self._prompt_tokens = self._completion_tokens = 0
 
     async def start(self) -> WorkerEngine:
-        """Start the first worker, which is ready for requests then.
+        """Start the first worker, and wait until it is ready for requests.
 
-        Raises InputError or TunesmithError if a name cannot be served; no worker is left then.
+        Raises InputError or TunesmithError if a name cannot be served; no worker is left behind.
         """
         self._worker = await self._new_worker()
         self.served = self._worker.served
@@ -217,7 +222,7 @@ class WorkerEngine:
         return await self._reply("read", model, texts, how)
 
     async def attach(self, name: str, run: Path) -> None:
-        """Serve the result of a run on the base as `name`, without disturbing the answers under way.
+        """Serve the result of a run on the base as `name`. Answers that are being written go on.
 
         Does nothing if `name` is served already. Raises RequestError if the run cannot be served.
         """
@@ -227,7 +232,7 @@ class WorkerEngine:
             self.served = (*self.served, card)
 
     async def detach(self, name: str) -> None:
-        """Serve `name` no longer; answers under way in its name are finished."""
+        """Stop serving `name`. Answers that are being written in its name are finished first."""
         self.served = tuple(card for card in self.served if card.name != name)
         if self._attached.pop(name, None) is not None:
             await self._reply("detach", name)
@@ -297,8 +302,8 @@ class WorkerEngine:
                 while (events := await self._worker.next()) is not None:
                     for key, event in events:
                         self._on_event(key, event)
-            except Exception as error:  # its next message cannot be found
-                self._note(f"the engine sent what cannot be read: {type(error).__name__}: {error}")
+            except Exception as error:  # nobody knows where its next message begins
+                self._note(f"a message of the engine cannot be read: {type(error).__name__}: {error}")
                 await self._worker.end()
             why = await self._worker.ended()
             self._note(f"the engine ended ({why}) and is started again")
@@ -308,7 +313,7 @@ class WorkerEngine:
                 self._restarts += 1
                 try:
                     self._worker = await self._new_worker()
-                except Exception as error:  # a full process table, a damaged pipe: the next try may succeed
+                except Exception as error:  # such as a full process table: the next try may succeed
                     self._note(f"the engine could not be started again: {error}")
                     await asyncio.sleep(RESTART_PAUSE_S)
 

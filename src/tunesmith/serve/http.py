@@ -50,14 +50,16 @@ class BoundSocket:
 
 
 def bind(host: str, port: int) -> BoundSocket:
-    """Take the address, before the model is loaded. Raises InputError with the reason if it cannot be had."""
+    """Bind the address, before the model is loaded. Raises InputError with the reason if that fails."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: takes IPv4 too
         listener = socket.create_server(address[:2], family=family, backlog=1, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0
-        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or "it is not the name of a host"
+        why = getattr(error, "strerror", None) or "it is not the name of a host"
+        if number > 0:
+            why = os.strerror(number)
         message = f"{host}:{port}: {why}. Choose another with --host and --port; port 0 is any free one."
         raise InputError(message) from None
     name = listener.getsockname()
@@ -65,7 +67,7 @@ def bind(host: str, port: int) -> BoundSocket:
 
 
 class BoundedConnection(H11Protocol):
-    """A connection that cannot be held open by doing nothing, which uvicorn bounds only between requests."""
+    """A connection with time limits: uvicorn limits only the time between requests."""
 
     _headers_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None

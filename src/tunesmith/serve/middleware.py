@@ -51,7 +51,7 @@ class ApiKeys:
 
     @classmethod
     def of(cls, keys: Sequence[str]) -> ApiKeys | None:
-        """None if there are no keys."""
+        """The accepted keys; None if there are none."""
         return cls(tuple(hashlib.sha256(key.encode()).digest() for key in keys)) if keys else None
 
 
@@ -239,7 +239,7 @@ def _headers(scope: Scope, name: bytes) -> list[bytes]:
 
 
 def _where(error: BaseException) -> str:
-    """The type of an error and the places it came through."""
+    """The type of an error, and the lines that it passed through."""
     frames = list(traceback.extract_tb(error.__traceback__)[-6:])
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
     return f"{type(error).__name__} at {places}"

@@ -55,16 +55,18 @@ class ModelCard:
     """Whether messages may have images."""
 
     def to_ask(self, url: str, *, key: str = "") -> str:
-        """A line for a shell that asks it, with a `key`; that may be a variable of the shell."""
+        """A shell command that sends the model a request, with a `key`, which may be a variable of the
+        shell."""
         body: JsonObject = {"input": "Hello"}
-        path = {"text": "chat/completions", "embeddings": "embeddings", "labels": "classify"}[self.answers]
+        routes = {"text": "/v1/chat/completions", "embeddings": "/v1/embeddings", "labels": "/v1/classify"}
+        route = routes[self.answers]
         if self.answers == "text":
             body = {"messages": [{"role": "user", "content": "Hello"}]}
         elif self.task == "rank":
-            path, body = "rerank", {"query": "Where is my parcel?", "documents": ["It left on Monday.", "Hello"]}
+            route, body = "/v1/rerank", {"query": "Where is my parcel?", "documents": ["It left on Monday.", "Hello"]}
         head = f' -H "Authorization: Bearer {key}"' if key else ""
         data = shlex.quote(orjson.dumps({"model": self.name, **body}).decode())
-        return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{head} -d {data}"
+        return f"curl {url}{route} -H 'Content-Type: application/json'{head} -d {data}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class Engine(Protocol):
     def state(self) -> EngineState: ...
 
     async def close(self, grace_s: float) -> None:
-        """Refuse new requests, finish those under way within the grace, and end the worker."""
+        """Refuse new requests, finish the others within the grace period, and end the worker."""
         ...
 
 

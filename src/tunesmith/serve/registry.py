@@ -1,5 +1,5 @@
-"""Models of the names on a command line: a base loaded once with its runs' adapters,
-other runs by themselves."""
+"""The models that a command line names: a base that is loaded once with the adapters of its runs, and other
+runs by themselves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ DECODER_PROBE_TOKENS = 37
 
 @dataclass
 class Registry:
-    """The models that are loaded, by name: runs in the order they were given, then their base."""
+    """The models that are loaded, by name: runs in the given order, then their base."""
 
     models: dict[str, ServedModel | Classifier | Embedder] = field(default_factory=dict)
     shared: ServedModel | None = None
@@ -67,13 +67,14 @@ class Registry:
     @property
     def decoders(self) -> list[Decoder]:
         """The decoders of all models that write, each once."""
-        return list(dict.fromkeys(model.decoder for model in self.models.values() if isinstance(model, ServedModel)))
+        served = [model for model in self.models.values() if isinstance(model, ServedModel)]
+        return list(dict.fromkeys(model.decoder for model in served))
 
     def find(self, name: str, kind: type[M]) -> M:
-        """Raises RequestError if there is no such model of this kind."""
+        """The model of this name and kind. Raises RequestError if there is none."""
         model = self.models.get(name)
         if not isinstance(model, kind):
-            message = f"there is no model {name} that answers so"
+            message = f"there is no model {name} that answers in this way"
             raise RequestError(message, status=404, code="model_not_found", param="model")
         return model
 
@@ -84,7 +85,7 @@ class Registry:
         chain = [run]
         while (parent := chain[-1].started_from()) is not None:
             chain.append(parent)
-        # Paths of those before it count too: in a tower nothing would put them into effect, without a word.
+        # Earlier runs of the chain count too: adapters of theirs in a vision tower would silently have no effect.
         why = next(filter(None, map(why_unshareable, chain)), None)
         if shared is None or why is not None:
             why = "this server takes none" if shared is None else why
@@ -94,8 +95,8 @@ class Registry:
         return _tuned(shared.loaded, name, run, shared.decoder, paths, note=lambda text: None)
 
     def attach(self, model: ServedModel) -> None:
-        """Serve a run that was read, between two steps. Raises ModelError or
-        RunError; nothing is changed then."""
+        """Serve a run that was read, between two steps. If ModelError or RunError is raised, nothing was
+        changed."""
         name, shared = model.card.name, self.shared
         assert shared is not None, "read_run refuses it otherwise"
         self.detached.discard(name)
@@ -110,12 +111,12 @@ class Registry:
         self.models[name] = model
 
     def detach(self, name: str) -> None:
-        """Serve a run no longer; its adapter stays until no answer uses it."""
+        """Stop serving a run. Its adapter stays until no answer uses it."""
         if self.models.pop(name, None) is not None:
             self.detached.add(name)
 
     def drop_detached(self) -> None:
-        """Free the adapters of detached runs, when no answer is under way."""
+        """Free the adapters of detached runs, at a time when no answer is being written."""
         while self.detached and self.shared is not None:
             self.shared.decoder.adapters.drop(self.detached.pop())
 
@@ -155,8 +156,8 @@ def open_registry(names: Sequence[str], *, root: Path, options: EngineOptions, n
 
 
 def why_unshareable(run: Run) -> str | None:
-    """The reason why a run needs a model of its own; None: it is only low-rank
-    paths, so that many share a base."""
+    """The reason why a run needs a model of its own; None: it is only low-rank paths, so many runs share a
+    base."""
     recipe = run.recipe()
     if TASKS[resolved(recipe.task)].learns_classes:
         return "its head was trained with it"
@@ -177,21 +178,23 @@ def _one_base(runs: Sequence[Run], models: Sequence[ModelRef], *, offline: bool)
         users.append((resolve_base(run.recipe(), offline=offline), f" in {form}" if form else "", str(run.path)))
     if (num := len({(base.path.resolve(), base.revision, form) for base, form, _ in users})) > 1:
         several = "; ".join(f"{user} on {base.path.resolve()}{form}" for base, form, user in users)
-        raise InputError(f"one base is served with its adapters, but these are on {num}: {several}. Serve apart.")
+        raise InputError(
+            f"one base is served with its adapters, but these are on {num}: {several}. Serve them separately."
+        )
     return users[0][0]
 
 
 def _add_shared(
     registry: Registry, runs: Sequence[Run], models: Sequence[ModelRef], options: EngineOptions, note: Note
 ) -> None:
-    """The base, loaded once, and the adapters of `runs` on it."""
+    """Load the base once, and add it and the adapters of `runs` on it."""
     base = _one_base(runs, models, offline=options.offline)
     loaded = loading.load_base(runs[0], offline=options.offline) if runs else loading.load_model(base.name)
     for other in runs[1:]:
         loading.refuse_other_base(other, base, loaded.base_hashes or {})
     if loaded.head != "next_token":
         if len(runs) > 1:
-            raise InputError(f"{runs[1].path}: of encoders one is served at a time. Serve it apart.")
+            raise InputError(f"{runs[1].path}: only one encoder is served at a time. Serve it separately.")
         alone = runs[0] if runs else None
         return _add_single(registry, loading.load_adapter(loaded, alone) if alone else loaded, alone, note)
     adapters, paths_of_runs = AdapterSet(loaded.model), list[tuple[Run, str, dict[str, LowRankPath]]]()
@@ -225,8 +228,8 @@ def _add_shared(
 
 
 def read_paths(chain: Sequence[Run], base: LoadedModel, note: Note = lambda text: None) -> dict[str, LowRankPath]:
-    """The low-rank paths, by layer, of a run and of those that it started from and
-    that are not part of the base.
+    """The low-rank paths, by layer, of a run and of the earlier runs of its chain that are not part of the
+    base.
 
     Raises RunError or ModelError for an adapter that was changed or is damaged.
     """
@@ -255,7 +258,7 @@ def _tuned(
 
 
 def _add_single(registry: Registry, loaded: LoadedModel, run: Run | None, note: Note) -> None:
-    """A model that shares nothing."""
+    """Add a model that shares no base with others."""
     name = _name_of(loaded.located) if run is None else run.path.resolve().name
     # The note of a model that gives vectors is about a head for masked words, which is not used.
     if loaded.note and (run is not None or loaded.head != "masked_token"):
@@ -289,7 +292,7 @@ def check_renderer(run: Run, renderer: Renderer, note: Note) -> None:
 
 
 def check_adapter(model: ServedModel) -> None:
-    """The logits of a probe are others with the adapter than without. Raises RunError."""
+    """Check that the adapter changes the logits of a probe. Raises RunError if it does not."""
     decoder, logits = type(model.decoder)(model.decoder.model, model.decoder.adapters), []
     for adapter in (None, model.adapter):
         slot = decoder.open(adapter, DECODER_PROBE_TOKENS)
@@ -323,8 +326,8 @@ def _name_of(base: ModelRef) -> str:
 
 
 def tool_call_format(tokenizer: PreTrainedTokenizerBase) -> ToolCallFormat | None:
-    """The way a chat template writes tool calls. None: in another way than
-    `responses.with_tool_calls` reads."""
+    """The format in which a chat template writes tool calls; None: one that `responses.with_tool_calls` cannot
+    read."""
     template = str(tokenizer.chat_template or "")
     if OPEN in template:
         # A mark that is a special token is not part of an answer's text.
@@ -339,7 +342,8 @@ class LocalEngine:
     def __init__(self, loaded: LoadedModel, note: Note) -> None:
         decoder = choose_decoder(loaded.located.name, loaded.model, AdapterSet(loaded.model), note, streams=1)
         self.model = ServedModel(_card(loaded, "", None, "text"), loaded, decoder)
-        self._schedulers = {each: Scheduler(each, streams=1) for each in (decoder, decoder.seeing) if each is not None}
+        decoders = [each for each in (decoder, decoder.seeing) if each is not None]
+        self._schedulers = {each: Scheduler(each, streams=1) for each in decoders}
 
     def generate(
         self,

@@ -99,8 +99,8 @@ class StrictModel(BaseModel):
 
 
 def fields_at(model: Any, place: Sequence[int | str]) -> list[str]:
-    """The fields of the object at a place of a body, as pydantic names places; none
-    if it is no object of ours."""
+    """The fields of the object at a place of a body, as pydantic names places; none if no class here describes
+    it."""
     for part in place:
         if isinstance(part, str) and part != "body":
             field = getattr(model, "model_fields", {}).get(part)
@@ -121,7 +121,9 @@ class Parameters(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Body(Parameters):
@@ -144,7 +146,7 @@ Texts = Annotated[list[Text], _LISTED]
 
 
 def _only(value: bool | int) -> AfterValidator:
-    """The one value of a parameter whose type is checked before: to a Literal, true is 1."""
+    """A parameter that allows one value. Its type is checked first, since to a Literal true is 1."""
 
     def check(given: Any) -> Any:
         if given != value:

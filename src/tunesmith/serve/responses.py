@@ -50,6 +50,11 @@ _PROBLEMS = {
     "extra_forbidden": ("unknown_parameter", "unknown parameter"),
     "dict_type": ("invalid_value", "should be an object"),
 }
+_NOT_HERE = {
+    "reasoning_effort": " Models here have no levels of reasoning. Leave it out.",
+    "verbosity": " Models here have no levels of length. Leave it out, or set max_tokens.",
+}
+"""Parameters of other models that scripts bring along, with the way out."""
 _ERROR_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
 
 Events: TypeAlias = AsyncGenerator[StreamEvent, None]
@@ -72,7 +77,7 @@ def error_response(error: RequestError) -> Response:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """FastAPI's handler of RequestError, of its own errors, and of what nobody expected."""
+    """Handle an error for FastAPI: a RequestError, FastAPI's own errors, and unexpected ones."""
     if isinstance(error, RequestError):
         return error_response(error)
     if isinstance(error, RequestValidationError):
@@ -98,7 +103,7 @@ def _problem(problem: Record, model: Any) -> tuple[str | None, str, str]:
     code, text = _PROBLEMS.get(problem["type"], ("invalid_value", text))
     hint = ""
     if code == "unknown_parameter" and len(name := str(problem["loc"][-1])) <= 60:
-        hint = did_you_mean(name, fields_at(model, problem["loc"][:-1]))
+        hint = _NOT_HERE.get(name) or did_you_mean(name, fields_at(model, problem["loc"][:-1]))
     return place or None, code, f"{place[:60] or 'The body'}: {text}.{hint}"
 
 
@@ -274,7 +279,7 @@ def _certain(text: str, form: ToolCallFormat) -> int:
 
 
 def find_calls(text: str, form: ToolCallFormat, tools: Set[str]) -> tuple[list[JsonObject], str]:
-    """The calls in what was written, in OpenAI's shape, and the text without them."""
+    """The tool calls in an answer, in OpenAI's format, and the text without them."""
     calls: list[JsonObject] = []
 
     def take(found: re.Match[str]) -> str:

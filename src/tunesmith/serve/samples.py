@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tunesmith.environment import resident_bytes
+from tunesmith.data.prompts import begun_answer
+from tunesmith.environment.process import resident_bytes
 from tunesmith.errors import InputError
 from tunesmith.generation.scheduler import Scheduler
 from tunesmith.serve.protocol import Delta, EngineOptions, Finished, GenerationRequest, RequestError
@@ -30,6 +31,8 @@ class Sample:
     """Tool calls in OpenAI's shape; their text is not part of `text`."""
     ended: bool = False
     tokens: int = 0
+    prefix: str = ""
+    """The beginning of the answer that the chat template writes into the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,10 @@ class SampledModel:
                 max_tokens=max_new_tokens,
             )
             try:
-                self._scheduler.add(self.model.prepare(i, request, self._options))
-                answers.append([Sample() for _ in range(num)])
+                prepared = self.model.prepare(i, request, self._options)
+                self._scheduler.add(prepared)
+                prefix = begun_answer(prepared.tokenizer, prepared.prompt)
+                answers.append([Sample(prefix=prefix) for _ in range(num)])
             except RequestError as error:
                 answers.append(str(error))
         done, total = 0, num * sum(not isinstance(samples, str) for samples in answers)
@@ -97,7 +102,8 @@ class SampledModel:
                     texts[i, event.index].append(event.text)
                 elif isinstance(event, Finished) and not isinstance(samples := answers[i], str):
                     tools = {str(tool.get("function", tool).get("name")) for tool in questions[i].tools}
-                    samples[event.index] = self._sample("".join(texts.pop((i, event.index), [])), tools, event)
+                    prefix, text = samples[event.index].prefix, "".join(texts.pop((i, event.index), []))
+                    samples[event.index] = replace(self._sample(text, tools, event), prefix=prefix)
                     done += 1
             progress("draw", done, total)
         return answers

@@ -5,7 +5,7 @@ classifies, and text embedders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -88,12 +88,13 @@ class ServedModel:
         )
 
     @torch.no_grad()
-    def score(self, prompt: str | Sequence[int], done: Done = lambda num: None, *, top: int) -> JsonObject:
+    def score(self, prompt: str | Sequence[int], *, top: int) -> Iterator[JsonObject | None]:
         """Tokens that the model finds likely at each place of a prompt, as vLLM's `prompt_logprobs`, and the
         one behind it: {"prompt_logprobs": [null, {id: {"logprob", "rank", "decoded_token"}, ...}, ...], "text",
         "ended"}.
 
-        Ids are read as they are. `done` is called with the places so far. Raises RequestError.
+        Ids are read as they are. Yields None after each piece of a long prompt, and then the result. Raises
+        RequestError.
         """
         request = GenerationRequest(self.card.name, prompt=prompt if isinstance(prompt, str) else "", max_tokens=1)
         ids = self.prompt_ids(request) if isinstance(prompt, str) else list(prompt)
@@ -115,10 +116,10 @@ class ServedModel:
                         for listed, rank in rank_of.items()
                     }
                 )
-            done(len(places))
             last = int(logp_TV[-1].argmax())
+            yield None
         ended = last in self.renderer.stop_ids
-        return {"prompt_logprobs": places, "text": "" if ended else text_of(last), "ended": ended}
+        yield {"prompt_logprobs": places, "text": "" if ended else text_of(last), "ended": ended}
 
     def decoder_of(self, request: PreparedRequest) -> Decoder:
         """The decoder that answers a request."""

@@ -1,4 +1,4 @@
-"""Who may open pages: by a link that is good once, a session, or a key; and whose page may act.
+"""Who may open pages: by a link that works once, a session, or a key; and whose page may act.
 
 A loopback address is open to every user and every page of a machine, so there is no
 way in without one of the three.
@@ -62,7 +62,7 @@ class Access:
     _seen: object = None  # what the file was like when it was read or written
 
     def _read(self) -> None:
-        """Take the sessions of the file where it is another one now: without it they have ended."""
+        """Read the sessions again if the file was replaced. If it was removed, all sessions have ended."""
         if (now := look(self.file)) == self._seen:
             return
         self._seen, self._sessions = now, {}
@@ -72,11 +72,11 @@ class Access:
 
     @property
     def cookie(self) -> str:
-        """The name of the cookie: cookies know no ports."""
+        """The name of the cookie, with the port: cookies themselves do not distinguish ports."""
         return f"tunesmith-{self.port}"
 
     def new_link(self) -> str:
-        """The path of a link that opens a session, once."""
+        """The path of a link that opens a session, and works once."""
         code = secrets.token_urlsafe(32)
         self._links.add(_digest(code))
         return f"/ui/open?code={code}"
@@ -91,8 +91,8 @@ class Access:
         return self._new_session()
 
     def open_by_key(self, key: str) -> str | None:
-        """The token of a new session for a key; None: it is none. Raises
-        RequestError 429 after too many wrong ones."""
+        """The token of a new session for a key; None: the key is not accepted. Raises RequestError 429 after
+        too many wrong keys."""
         now = time.monotonic()
         while self._wrong and now - self._wrong[0] > WRONG_S:
             self._wrong.popleft()
@@ -114,14 +114,16 @@ class Access:
         """{name, made} of each key for a program, newest first."""
         self._read()
         words = [(since, name.split()) for name, since in self._sessions.items() if _is_alive(since)]
-        keys = [{"name": parts[1], "made": since} for since, parts in words if len(parts) == 3 and parts[0] == "key"]
+        of_programs = [(since, parts) for since, parts in words if len(parts) == 3 and parts[0] == "key"]
+        keys = [{"name": parts[1], "made": since} for since, parts in of_programs]
         return sorted(keys, key=lambda key: -key["made"])
 
     def end_key(self, name: str) -> bool:
         """End the key of that name for a program. Returns whether there was one. Raises RequestError 507
         where the file cannot be written: the next server would take the key."""
         self._read()
-        others = {known: since for known, since in self._sessions.items() if not known.startswith(KEY.format(name))}
+        start = KEY.format(name)
+        others = {known: since for known, since in self._sessions.items() if not known.startswith(start)}
         had_one = len(others) < len(self._sessions)
         try:
             self._write(others)
@@ -184,8 +186,8 @@ def _is_alive(since: float) -> bool:
 
 
 def _refuse_foreign(headers: Mapping[bytes, bytes]) -> None:
-    """Raise RequestError unless a page of this server acts. Other ports are the same
-    site, so `Origin` tells apart."""
+    """Raise RequestError unless the request comes from a page of this server. Browsers count other ports as the
+    same site, so `Origin` decides."""
     host = headers.get(b"host", b"").lower()
     is_own = headers.get(b"origin", b"").lower() in (b"http://" + host, b"https://" + host)
     is_same = headers.get(b"sec-fetch-site", b"same-origin") == b"same-origin"

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import torch
 
-from tunesmith.environment import num_cpus, resident_bytes
+from tunesmith.environment.process import num_cpus, resident_bytes
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.generation.scheduler import PreparedRequest, Scheduler
 from tunesmith.models.card import free_bytes
@@ -47,7 +47,8 @@ Inbox = queue.SimpleQueue[Any]
 
 
 def main() -> int:
-    """0: its input ended; 1: the models could not be loaded, which was reported."""
+    """Run the worker. Exit codes: 0 when its input ends; 1 if the models could not be loaded, which it
+    reported."""
     send = _sender()
     names, root, options, attached = _receive()
     torch.set_num_threads(options.threads or num_cpus())
@@ -90,6 +91,8 @@ class Worker:
         self._options = options
         self._send = send
         self._preparer = ThreadPoolExecutor(1)
+        self._scores: dict[int, Iterator[Any]] = {}
+        """Prompts that are scored, by the keys of their requests, see `ServedModel.score`."""
         decoders = [each for decoder in registry.decoders for each in (decoder, decoder.seeing) if each is not None]
         self._schedulers = {
             decoder: Scheduler(
@@ -104,12 +107,14 @@ class Worker:
         """Do everything in the inbox; wait for something if there is nothing else to do."""
         with suppress(queue.Empty):
             while True:
-                work = self.inbox.get(block=not any(scheduler.is_busy for scheduler in self._schedulers.values()))
+                is_busy = self._scores or any(scheduler.is_busy for scheduler in self._schedulers.values())
+                work = self.inbox.get(block=not is_busy)
                 work() if callable(work) else self.take(*work)
 
     def take(self, key: int, verb: str, *words: Any) -> None:
         """Do, or start to do, what a message says."""
         if verb == "cancel":
+            self._scores.pop(key, None)
             for scheduler in self._schedulers.values():
                 scheduler.cancel(key)
         elif verb == "answer":
@@ -171,15 +176,25 @@ class Worker:
         served = self._registry.models.get(model)
         if isinstance(served, Embedder):
             return served.embed(texts, done, **how)
-        if isinstance(served, ServedModel) and "top" in how:  # a prompt to be scored
-            return served.score(texts, done, **how)
+        if isinstance(served, ServedModel) and "top" in how:
+            self._scores[key] = served.score(texts, **how)  # `step` reads it
+            return None
         return self._registry.find(model, Classifier).classify(texts, done)
 
+    def _score_on(self, key: int) -> Any:
+        """The scores of a prompt, once its last piece is read; until then others have their turns."""
+        reading = self._scores.pop(key)
+        if (scores := next(reading)) is None:
+            self._scores[key] = reading
+        return scores
+
     def step(self) -> None:
-        """One step of all answers under way; sends its events."""
+        """One step of all answers under way, and a piece of a prompt that is scored; sends its events."""
         busy = [scheduler for scheduler in self._schedulers.values() if scheduler.is_busy]
-        if not busy:
+        if not busy and not self._scores:
             self._registry.drop_detached()
+        if self._scores:
+            self._try(next(iter(self._scores)), self._score_on)
         if events := [event for scheduler in busy for event in scheduler.step()]:
             self._send(tuple(events))
 
@@ -209,7 +224,7 @@ def _listen(inbox: Inbox, wanted: set[int]) -> None:
 
 
 def _watch(limit: int) -> None:
-    """End at the limit of resident memory, since one on addresses would count mapped files."""
+    """End this process at its limit of resident memory: a limit on addresses would count mapped files."""
     while (held := resident_bytes()) <= limit:
         time.sleep(WATCH_S)
     sys.stderr.write(f"it held {held / 2**20:,.0f} MiB of memory, more than the {limit / 2**20:,.0f} it may\n")
@@ -230,8 +245,8 @@ def _beat(send: Send) -> None:
 
 
 def _sender() -> Send:
-    """A function that writes to the original standard output; what libraries print
-    goes to standard error from now."""
+    """A function that writes to the original standard output. From now on, what libraries print goes to
+    standard error."""
     out, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)
 

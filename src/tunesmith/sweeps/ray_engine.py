@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import GroupError, InputError, Stopped, TunesmithError, one_line
 from tunesmith.parallel.child import Hears, as_error
 from tunesmith.parallel.cluster import connected, needs_of

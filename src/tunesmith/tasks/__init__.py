@@ -46,7 +46,9 @@ def has_prepass(recipe: Recipe) -> bool:
 def partner_tokens(recipe: Recipe) -> int | None:
     """Most tokens of a prompt and another row's answer behind it, for rows that need such partners; None: they
     need none. The loss is decided by now."""
-    return resolved(recipe.data.max_tokens) if TASKS[resolved(recipe.task)].compares and has_prepass(recipe) else None
+    if not TASKS[resolved(recipe.task)].compares or not has_prepass(recipe):
+        return None
+    return resolved(recipe.data.max_tokens)
 
 
 def bind(

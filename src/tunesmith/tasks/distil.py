@@ -62,7 +62,8 @@ def _check_place(options: Distil) -> None:
     if not options.is_served:
         given = {"distil.model": options.model, "distil.key_env": options.key_env}
         for key in (key for key, value in given.items() if value):
-            raise RecipeError(f"{key}: {given[key]}: is of a teacher at an address. Leave it out.")
+            rule = "is of a teacher at an address, which begins with http:// or https://"
+            raise RecipeError(f"{key}: {given[key]}: {rule}. Leave it out, or write the address so.")
         return
     address = re.sub("//[^/]*@", "//…@", options.teacher or "")  # a password stays out of messages, too
     if not re.match(r"https?://[^/…\s]+", address):

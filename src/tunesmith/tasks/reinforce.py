@@ -102,22 +102,22 @@ def _check(recipe: Recipe, located: ModelRef) -> Sequence[Choice]:
             "the field prompt or messages in the file."
         )
     if recipe.data.replay:
-        raise RecipeError("data.replay: is for tasks that learn rows' own answers. Leave it out.")
+        raise RecipeError("data.replay: prompts have no answers that could be replayed. Leave it out.")
     if recipe.evaluation.surprising not in ("auto", 0):
-        raise RecipeError("evaluation.surprising: prompts have no loss of their own. Leave it out.")
+        raise RecipeError("evaluation.surprising: a prompt without an answer has no loss. Leave it out.")
     if recipe.evaluation.sample_tokens != EvaluationOptions().sample_tokens:
         raise RecipeError(
-            f"evaluation.sample_tokens: {recipe.evaluation.sample_tokens}: held-out answers are as long as those that "
-            "are learnt. Set reinforce.max_new_tokens, or leave it out."
+            f"evaluation.sample_tokens: {recipe.evaluation.sample_tokens}: held-out answers are drawn like "
+            "those that are learnt. Set reinforce.max_new_tokens, or leave it out."
         )
     if recipe.shard is True:
         raise RecipeError(
-            "shard: true: answers cannot be drawn from layers that are split over devices: each token would gather "
-            "them all. Use method qlora, or a smaller base."
+            "shard: true: answers cannot be drawn while layers are split over devices: each token would have "
+            "to gather all of them. Use method qlora, or a smaller base."
         )
     if options.kl and recipe.method.name == "full":
         raise RecipeError(
-            f"reinforce.kl: {options.kl:g}: needs the untouched model, of which full tuning keeps no copy. Use "
+            f"reinforce.kl: {options.kl:g}: needs the untouched model, and full tuning keeps no copy of it. Use "
             "method lora, or leave it out and lower optim.lr."
         )
     return ()

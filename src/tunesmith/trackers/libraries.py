@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tunesmith.environment import install_command
+from tunesmith.environment.packages import install_command
 from tunesmith.errors import InputError, RunError
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.docs import flat

@@ -26,7 +26,7 @@ from typing import IO, Any, cast
 
 import filelock
 
-from tunesmith.environment import for_child, python_words
+from tunesmith.environment.children import for_child, python_words
 from tunesmith.errors import InputError, RunError
 from tunesmith.phrases import command
 from tunesmith.runs.atomic import clean

@@ -16,7 +16,7 @@ from tunesmith.types import JsonObject, OnProgress
 
 
 def prompts_of(setup: Setup, name: str) -> list[SamplePrompt]:
-    """The prompts that are answered before, at a step on the way, or after."""
+    """The prompts to answer before training, during it or after it."""
     options = setup.recipe.evaluation
     most = {"before": resolved(options.samples_before), "step": options.samples_on_the_way}
     return setup.samples[: most.get(name)]
@@ -47,7 +47,8 @@ def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, 
 
 
 def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
-    """Number of a prompt → the measured row that begins with it and learns what follows."""
+    """The measured row for each prompt, by the number of the prompt: it begins with the prompt and learns the
+    answer."""
     store, row_of_prompt = setup.rows.held_store, dict[int, int]()
     row_of_source = {str(store.source(row)): row for row in reversed(setup.rows.held_rows.tolist())}
     for number, sample in enumerate(prompts):
@@ -62,8 +63,10 @@ def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
 def samples(session: Session, name: str, writing: Continuation | None) -> Iterator[JsonObject]:
     """The values of the "sample" events of the prompts, in order; each rank writes some of the answers."""
     setup, world = session.setup, session.setup.world
-    mine = [] if writing is None else [(row, answer.text, answer.stopped) for row, answer in writing.answers.items()]
-    of_rows = {row: GeneratedAnswer(text, stopped) for part in world.gather_values(mine) for row, text, stopped in part}
+    written = {} if writing is None else writing.answers
+    own_part = [(row, answer.text, answer.stopped) for row, answer in written.items()]
+    gathered = [entry for part in world.gather_values(own_part) for entry in part]
+    of_rows = {row: GeneratedAnswer(text, stopped) for row, text, stopped in gathered}
     prompts = prompts_of(setup, name)
     rows = rows_of(prompts, setup) if of_rows else {}
     answers = {index: of_rows[row] for index, row in rows.items() if row in of_rows}
@@ -74,7 +77,7 @@ def samples(session: Session, name: str, writing: Continuation | None) -> Iterat
 
 
 def _written(session: Session, name: str, prompts: Sequence[SamplePrompt]) -> list[GeneratedAnswer]:
-    """Answers to prompts that begin no measured row, or whose model goes on from none."""
+    """Write answers to prompts that begin no measured row, or whose model cannot continue one."""
     setup, ids = session.setup, [sample.ids for sample in prompts]
     rank, size = setup.world.part
     if size == 1 or setup.world.is_sharded:  # every rank takes part in every pass

@@ -76,7 +76,7 @@ def snapshot_steps(setup: Setup) -> range:
 
 
 def keep_snapshot(session: Session, *, at: str) -> None:
-    """The result as it is now in a run's folder of its own: complete or absent. `at`: epoch or stop."""
+    """Save the result as it is now into a folder of the run: complete or absent. `at`: epoch or stop."""
     run, name, weights = session.run, f"step-{session.progress.step}", session.setup.whole_weights()
     if not session.setup.world.is_first:
         return

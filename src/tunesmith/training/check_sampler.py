@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, UngradedError
+from tunesmith.phrases import command
 from tunesmith.recipe.schema import resolved
 from tunesmith.tasks.policy_losses import VALUE_COLUMNS
 from tunesmith.training.setup import Setup
@@ -20,12 +21,18 @@ MOST_NAMED = 3
 
 def check_sampler(setup: Setup) -> None:
     """Draw the answers of step 1 and measure them by the learner's passes: raise RunError where it finds other
-    log-probabilities than those that they were drawn by. The step keeps them."""
+    log-probabilities than those that they were drawn by. The step keeps them. Raises UngradedError where the grader
+    fails for more than half of them."""
     drawing = setup.drawing
     if drawing is None:
         return
     precision, at = resolved(setup.recipe.precision), VALUE_COLUMNS.index("drawn")
-    view = drawing.everything(setup, drawing.ahead(setup, 1))
+    try:
+        view = drawing.everything(setup, drawing.ahead(setup, 1))
+    except UngradedError as error:
+        recipe = setup.recipe
+        words = (recipe.data.train[0].path, "--grader", recipe.reinforce.grader, "--model", recipe.model)
+        raise UngradedError(f"{error} Nothing was trained. Try the grader: {command('grade', *words)}") from None
     away, means = list[tuple[float, str]](), list[float]()
     for row, logps_N in enumerate(drawing.measured(view)):
         values_NC = view.store.row(row).values_NC

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from tunesmith.data.answers import AnswerStore, DrawnSource, answer_row
 from tunesmith.data.dataset import RowStore
+from tunesmith.data.prompts import begun_answer
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler, sort_keys
 from tunesmith.errors import RunError, UngradedError
-from tunesmith.evaluation.graded_scores import mean
-from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing
+from tunesmith.evaluation.graded_scores import mean_scores
+from tunesmith.generation.draws import Draw, DrawnAnswer
 from tunesmith.graders.grade import FAILURES, Answer, Grade
 from tunesmith.graders.kept import KeptGrades
 from tunesmith.graders.pool import Pool
@@ -42,7 +43,8 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.tasks.policy_losses import STATS, VALUE_COLUMNS, Seen, log_probs, policy_loss_sum
 from tunesmith.tasks.reinforce import advantages, divisor, has_spread
-from tunesmith.training.groups import DrawnStep, Group, all_answers, all_rows, first_grades
+from tunesmith.training.draw_notes import DrawNotes
+from tunesmith.training.groups import DrawnStep, Group, all_rows, draw_together, first_grades
 from tunesmith.training.state import Drawn, TrainState
 from tunesmith.types import REWARD_KEY, Example, JsonObject, Record, Row
 
@@ -83,6 +85,7 @@ class Drawing:
     pool: Pool
     kept: KeptGrades
     tick: Callable[[str, int, int], None] = lambda what, done, total: None
+    notes: DrawNotes = field(default_factory=DrawNotes)
     folder: Path | None = None
     """Folder in which answers are kept; None: they are not."""
     _ahead: dict[int, DrawnStep] = field(default_factory=dict)
@@ -96,8 +99,9 @@ class Drawing:
         return self.recipe.reinforce
 
     def close(self) -> None:
-        """End the processes of the grader."""
+        """End the processes of the grader, and let go of who was told."""
         self.pool.close()
+        self.notes = DrawNotes()
 
     def __call__(self, state: TrainState, step: int) -> Drawn:
         """The answers that a step learns. Raises UngradedError where the grader
@@ -110,6 +114,7 @@ class Drawing:
         self._ahead = {at: later for at, later in self._ahead.items() if at > gone}
         self.kept.flush()
         self._write(drawn.groups, state.store, step)
+        self.notes.of_step(drawn.groups, step, teaches=bool(self.options.kl))
         view, seen = self.view(state, drawn.groups, drawn.old), dict[int, Tensor]()
         loss_sum = state.task.loss_sum
         if isinstance(loss_sum, partial) and loss_sum.func is policy_loss_sum:  # and no other that a caller gave
@@ -133,7 +138,7 @@ class Drawing:
         steps = range(step, min(step + self.options.updates - 1, state.total_steps) + 1)
         groups, timing = self.groups_of(state, steps)
         for at, of_step in zip(steps, groups, strict=True):
-            self._refuse_ungraded(of_step, at)
+            self._refuse_ungraded(of_step, at, state.store)
         began, later = time.perf_counter(), dict[int, DrawnStep]()
         for at, of_step in zip(steps[1:], groups[1:], strict=True):
             later[at] = DrawnStep(of_step, self.measured(self._learnt(state, of_step)))
@@ -156,16 +161,16 @@ class Drawing:
 
     def keep_in(self, folder: Path) -> list[str]:
         """Keep grades and answers in the folder of a run, and take the grades that are there. Returns
-        notes on those that cannot be read."""
+        notes on those that cannot be read, and on the grader."""
         self.folder, file = folder / "rollouts", folder / "grades.jsonl"
         if not (damaged := self.kept.keep_in(file)):
-            return []
+            return self.pool.notes
         what = f"{plural(len(damaged), 'line')} cannot be read, the first is line {damaged[0]:,}"
-        return [f"{file}: {what}: the grades are made again, and a judge may give others"]
+        return [*self.pool.notes, f"{file}: {what}: the grades are made again, and a judge may give others"]
 
     def _write(self, groups: Sequence[Group], store: RowStore, step: int) -> None:
         most = self.options.keep_answers
-        if self.folder is None or not most:
+        if self.folder is None or most == 0:
             return
         advantage_of = {(id(group), i): advantage for group, i, advantage in self._counted(groups)}
         lines = [
@@ -181,7 +186,8 @@ class Drawing:
         ]
         with storing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            (self.folder / f"step-{step - most}.jsonl").unlink(missing_ok=True)
+            if most is not None:
+                (self.folder / f"step-{step - most}.jsonl").unlink(missing_ok=True)
         write_atomic(self.folder / f"step-{step}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
 
     def ahead(self, state: TrainState, step: int) -> Sequence[Group]:
@@ -222,37 +228,37 @@ class Drawing:
         `reports`: says how far it is; a step is soon made. Ranks draw answers to some of the prompts
         each, the first one grades all."""
         began, futures, world = time.perf_counter(), dict[int, list[Future[Grade]]](), state.world
-        mine, ended = range(world.rank, len(rows), world.size), list[int]()
+        num_mine, ended = len(range(world.rank, len(rows), world.size)), list[int]()
 
-        def grade(number: int, answers: Sequence[DrawnAnswer]) -> None:
-            ended.append(number)
+        def grade(at: int, answers: Sequence[DrawnAnswer]) -> None:
             if world.is_first:
-                futures[mine[number]] = self._submitted(store, rows[mine[number]], answers)
+                futures[at] = self._submitted(store, rows[at], answers)
+            ended.append(at)
             if reports:
-                self.tick("draw", len(ended) * num, len(mine) * num)
+                self.tick("draw", len(ended) * num, num_mine * num)
 
         options = self.options
-        settings = Draw.of(
-            self.renderer,
+        settings = Draw(
+            renderer=self.renderer,
             num=num,
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
             streams=resolved(options.streams),
         )
-        with drawing(cast(Any, state.model)) as decoder:
-            ids = [store.row(rows[at]).ids.tolist() for at in mine]
-            of_mine = draw_answers(decoder, ids, [seeds[at] for at in mine], settings, on_answers=grade)
-        answers, drawn_s = all_answers(world, of_mine, len(rows)), time.perf_counter() - began
+        prompts = [store.row(row).ids.tolist() for row in rows]
+        answers = draw_together(state, prompts, seeds, settings, on_answers=grade)
+        drawn_s = time.perf_counter() - began
         if world.is_first:
             left = [at for at in range(len(rows)) if at not in futures]
             futures |= {at: self._submitted(store, rows[at], answers[at]) for at in left}
         grades = first_grades(world, [[future.result() for future in futures[at]] for at in sorted(futures)])
         groups = [self._graded(*of_row) for of_row in zip(rows, answers, grades, strict=True)]
+        self.notes.of_grades(groups)
         return groups, {"draw": drawn_s, "grade": time.perf_counter() - began - drawn_s}
 
     def _submitted(self, store: RowStore, row: int, answers: Sequence[DrawnAnswer]) -> list[Future[Grade]]:
-        item = self.prompts[store][row].kept
-        of_row = [Answer(drawn.text, ended=drawn.ended, tokens=len(drawn.ids)) for drawn in answers]
+        item, prefix = self.prompts[store][row].kept, begun_answer(self.renderer.tokenizer, store.row(row).ids.tolist())
+        of_row = [Answer(drawn.text, ended=drawn.ended, tokens=len(drawn.ids), prefix=prefix) for drawn in answers]
         return [self.pool.submit(answer, item) for answer in of_row]
 
     def _graded(self, row: int, answers: Sequence[DrawnAnswer], grades: Sequence[Grade]) -> Group:
@@ -301,7 +307,7 @@ class Drawing:
         numbers_NC = numbers_of(group.answers[i], advantage, by_answer=self.options.normalize == "answers")
         source = store.source(group.row)
         drawn = DrawnSource(source.path, source.line, sample=i + 1)
-        return answer_row(store.row(group.row).ids, group.answers[i].ids, numbers_NC, drawn)
+        return answer_row(store.row(group.row).ids, group.answers[i].ids, drawn, numbers_NC)
 
     @torch.no_grad()
     def measured(self, view: TrainState) -> list[NDArray[np.float32]]:
@@ -309,23 +315,23 @@ class Drawing:
         logps: dict[int, NDArray[np.float32]] = {}
         view.model.train()  # without dropout, and in which layers are recomputed
         for rows in view.sampler.step(1):
-            batch = view.collator.batch(rows, draw=1)
+            batch = view.collator.batch(rows, step=1)
             logp_N = log_probs(view.model, batch, self.options.temperature, self.output).float().cpu().numpy()
             row_of_N = batch.row_of_N.cpu().numpy()
             logps |= {row: logp_N[row_of_N == b] for b, row in enumerate(batch.row_indices)}
         logps = all_rows(view.world, logps)
         return [logps[row] for row in range(len(view.store))]
 
-    def _refuse_ungraded(self, groups: Sequence[Group], step: int) -> None:
-        grades = [grade for group in groups for grade in group.grades]
-        failed = [grade for grade in grades if grade.reward is None]
-        cut, num = sum(not answer.ended for group in groups for answer in group.answers), len(grades)
+    def _refuse_ungraded(self, groups: Sequence[Group], step: int, store: RowStore) -> None:
+        failed = failed_grades(groups)
+        cut = sum(not answer.ended for group in groups for answer in group.answers)
+        num = sum(len(group.grades) for group in groups)
         if len(failed) > (1 - LEAST_GRADED) * num:
-            first, kinds = failed[0], Counter(grade.kind for grade in failed)
+            kinds = Counter(grade.kind for _, grade in failed)
             words = ", ".join(f"{FAILURES[kind]} ({times:,})" for kind, times in kinds.most_common() if kind)
             raise UngradedError(
-                f"step {step}: {len(failed):,} of {plural(num, 'answer')} have no reward: {words}. The first: "
-                f"{first.error[-500:]}. The update was not made."
+                f"step {step}: {len(failed):,} of {plural(num, 'answer')} have no reward: {words}. "
+                f"{first_failure(failed, store)}. The update was not made."
             )
         if not any(group.scored for group in groups):
             raise UngradedError(
@@ -333,6 +339,17 @@ class Drawing:
                 "reinforce.cut is drop: none is left to learn from. The update was not made. Raise the one or "
                 "leave out the other."
             )
+
+
+def failed_grades(groups: Sequence[Group]) -> list[tuple[int, Grade]]:
+    """The row and the grade of each answer without a reward."""
+    return [(group.row, grade) for group in groups for grade in group.grades if grade.reward is None]
+
+
+def first_failure(failed: Sequence[tuple[int, Grade]], store: RowStore) -> str:
+    """The place and the error of the first of these."""
+    row, grade = failed[0]
+    return f"The first, of {store.source(row)}: {grade.error[-500:].rstrip('.')}"
 
 
 def over_answers(state: TrainState, store: AnswerStore, *, shares: bool) -> TrainState:
@@ -400,8 +417,7 @@ def _values_of(groups: Sequence[Group]) -> JsonObject:
     grades = [grade for group in groups for grade in group.grades]
     answers = [answer for group in groups for answer in group.answers]
     rewards = np.array([grade.reward for grade in grades if grade.reward is not None])
-    names = sorted({name for grade in grades for name in grade.scores})
-    scores = {name: mean([grade.scores[name] for grade in grades if name in grade.scores]) for name in names}
+    scores = mean_scores([grade.scores for grade in grades])
     failed = Counter(grade.kind for grade in grades if grade.kind is not None)
     return {
         REWARD_KEY: float(rewards.mean()),
@@ -411,6 +427,7 @@ def _values_of(groups: Sequence[Group]) -> JsonObject:
         **values_of_answers(answers),
         **({"scores": scores} if scores else {}),
         **({"unscored": dict(sorted(failed.items()))} if failed else {}),
+        **({"unread": unread} if (unread := sum(grade.is_unread for grade in grades)) else {}),
     }
 
 

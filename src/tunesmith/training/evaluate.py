@@ -68,7 +68,7 @@ def evaluate_run(session: Session, name: str) -> None:
 
 
 def measure_on_the_way(session: Session) -> None:
-    """Measure held-out rows between steps, and answer the prompts that are answered then."""
+    """Measure held-out rows between steps, and answer the prompts of such an evaluation."""
     measure_held_out(session, "step")
     started = time.perf_counter()
     _answer(session, "step", None)
@@ -105,7 +105,8 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
         _write(session, f"{name}.json", to_json(details))
     seconds = time.perf_counter() - started
     progress.evaluate_seconds += seconds
-    sources = loss_by_source(results, setup.rows.held_sources()) if len(rows_I) == len(setup.rows.held_rows) else {}
+    is_whole = len(rows_I) == len(setup.rows.held_rows)
+    sources = loss_by_source(results, setup.rows.held_sources()) if is_whole else {}
     documents = {"documents": len(np.unique(hashes_I))} if setup.task.in_windows else {}
     if name == "step":
         _remember(session, _metric(measures, setup.recipe.evaluation.metric), measures["loss"]["value"])
@@ -125,7 +126,7 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
 
 
 def _notes(session: Session, measures: Mapping[str, Interval]) -> Iterator[str]:
-    """Sentences on a model that learnt something else than it should."""
+    """Notes on a model that learnt something else than it should."""
     yield from preference_notes(measures)
     if session.setup.drawing is not None:
         measured = (event.values for event in session.run.events() if event.kind == "evaluation")

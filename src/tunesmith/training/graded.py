@@ -1,8 +1,11 @@
 """Held-out prompts answered and graded, before training and after: with the same random numbers."""
 
-# I prompts
+# I prompts, N tokens of an answer
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +16,7 @@ from tunesmith.evaluation.scores import RowResult
 from tunesmith.graders.prompts import reference_of
 from tunesmith.phrases import plural
 from tunesmith.recipe.schema import resolved
+from tunesmith.training.draw import failed_grades, first_failure
 from tunesmith.training.groups import Group
 from tunesmith.training.progress import Session
 
@@ -31,21 +35,37 @@ def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[Ro
     drawing.kept.flush()
     results = [
         (group.row, result)
-        for group in groups
-        if (result := graded_result(int(store.hashes[group.row]), group.records(), options.passes)) is not None
+        for group, nats in zip(groups, _nats_away(session, groups), strict=True)
+        if (result := graded_result(int(store.hashes[group.row]), group.records(), options.passes, nats)) is not None
     ]
-    failed = [grade for group in groups for grade in group.grades if grade.reward is None]
+    failed = failed_grades(groups)
     if not results:
-        why = f"The first: {failed[0].error[-500:]}. Try the grader: tunesmith grade"
+        why = f"{first_failure(failed, store)}. Try the grader: tunesmith grade"
         raise UngradedError(f"held-out answers: none of them has a reward. {why}")
     if failed:
         num = plural(sum(len(group.grades) for group in groups), "held-out answer")
-        text = f"{len(failed):,} of {num} have no reward and do not count. The first: {failed[0].error[-300:]}"
+        text = f"{len(failed):,} of {num} have no reward and do not count. {first_failure(failed, store)}"
         session.emit("note", {"text": text})
     evaluation = setup.recipe.evaluation
     num_shown = evaluation.samples_on_the_way if name == "step" else resolved(evaluation.samples)
     _show(session, name, groups[:num_shown])
     return np.array([row for row, _ in results], np.int64), [result for _, result in results]
+
+
+def _nats_away(session: Session, groups: list[Group]) -> list[list[float]]:
+    """log π − log π_ref of each answer of each group, π_ref the untouched model: its mean over drawn answers is
+    the divergence KL(π ‖ π_ref) of whole answers. Empty lists where the method keeps no untouched model."""
+    setup, drawing = session.setup, session.setup.drawing
+    assert drawing is not None, "its rows are prompts"
+    if not setup.attachment.keeps_base:
+        return [[] for _ in groups]
+    view = drawing.everything(replace(setup, store=setup.rows.held_store), groups)
+    now = drawing.measured(view)
+    with setup.attachment.adapter_disabled():
+        before = drawing.measured(view)
+    pairs = zip(now, before, strict=True)
+    nats = iter([math.fsum((now_N.astype(np.float64) - before_N).tolist()) for now_N, before_N in pairs])
+    return [[next(nats) for _ in group.answers] for group in groups]
 
 
 def _show(session: Session, name: str, groups: list[Group]) -> None:

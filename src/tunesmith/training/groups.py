@@ -8,16 +8,17 @@ each of which draws some of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.generation.draws import DrawnAnswer
+from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing
 from tunesmith.graders.grade import Grade
 from tunesmith.parallel.world import World
+from tunesmith.training.state import TrainState
 from tunesmith.types import REWARD_KEY, JsonObject
 
 
@@ -82,6 +83,27 @@ class DrawnStep:
         """The step that has these values."""
         old: list[Any] = [np.array(logps, np.float32) for logps in values["old"]]
         return cls([Group.of(group) for group in values["groups"]], old)
+
+
+def draw_together(
+    state: TrainState,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: Draw,
+    on_answers: Callable[[int, Sequence[DrawnAnswer]], None] = lambda prompt, answers: None,
+) -> list[list[DrawnAnswer]]:
+    """As `draw_answers`, by the model as it is now; each rank draws the answers to some of the prompts, of which
+    `on_answers` gets the number."""
+    world, mine = state.world, range(state.world.rank, len(prompts), state.world.size)
+    with drawing(cast(Any, state.model)) as decoder:
+        drawn = draw_answers(
+            decoder,
+            [prompts[at] for at in mine],
+            [seeds[at] for at in mine],
+            settings,
+            on_answers=lambda number, answers: on_answers(mine[number], answers),
+        )
+    return all_answers(world, drawn, len(prompts))
 
 
 def all_answers(world: World, mine: Sequence[Sequence[DrawnAnswer]], num: int) -> list[list[DrawnAnswer]]:

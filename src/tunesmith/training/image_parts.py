@@ -44,7 +44,8 @@ def seeing_notes(model: nn.Module, rows: Splits) -> list[str]:
         weights = [weight for name, weight in model.named_parameters() if is_inside(name, modules)]
         trained = sum(weight.numel() for weight in weights if weight.requires_grad)
         total = sum(weight.numel() for weight in weights)
-        phrases.append(f"{word} {'frozen' if not trained else f'{trained:,} weights trained'} ({total:,} weights)")
+        state = f"{trained:,} weights trained" if trained else "frozen"
+        phrases.append(f"{word} {state} ({total:,} weights)")
     return [Aside(f"images: {', '.join(phrases)}")]
 
 

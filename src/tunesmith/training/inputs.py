@@ -78,7 +78,9 @@ def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:
     method_of(recipe.method).check(recipe.method)
     size, kind = model_size(located), model_kind(located)
     if recipe.data.new_tokens and (kind != "causal" or not method_of(recipe.method).new_tokens):
-        what = f"method {recipe.method.name}" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
+        what = f"method {recipe.method.name}"
+        if kind != "causal":
+            what = f"a model that is an {kind.replace('_', '–')}"
         raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
     added = special_tokens.add_tokens(tokenizer, recipe.data.new_tokens)
     notes += special_tokens.describe(added, recipe.data.new_tokens)
@@ -108,7 +110,7 @@ def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:
 
 
 def _dated(decisions: Decisions, tokenizer: PreTrainedTokenizerBase, kind: ModelKind, notes: list[str]) -> Renderer:
-    """The renderer, with the day that its template writes decided; None: it writes none."""
+    """The renderer, with its date decided: the day that the chat template writes; None: it writes none."""
     is_open, given = decisions.is_open("data.date"), decisions.recipe.data.date
     if is_open:
         decisions.set("data.date", date.today().isoformat())

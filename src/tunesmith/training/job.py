@@ -127,7 +127,8 @@ def resume_run(
 
 
 def _take_part(device: str) -> bool:
-    """Take the card of this process, before an import can list cards; whether it is the group's first."""
+    """Take the card of this process, before an import can list cards. Returns whether this process is the first
+    of its group."""
     place = place_of(os.environ)
     take_card(place, device, os.environ)
     return place.rank == 0

@@ -95,16 +95,15 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
 
 
 def _drawn(state: TrainState, step: int) -> Drawn:
-    """Rows that a step learns: from the store, or drawn by the state."""
+    """The rows that a step learns: from the store, or drawn for this step."""
     return Drawn(state) if state.draw is None else state.draw(state, step)
 
 
 def _computed(state: TrainState, sampler: StepSampler, step: int) -> tuple[StepGradients, Computed]:
-    """This rank's gradients of a step, and what all ranks computed.
+    """Compute the gradients of a step on this rank. Returns them, and what all ranks computed.
 
-    Where memory ended on one of them, and the rows of a step are looked at before it, all look
-    again and make the step anew in micro-batches that fit: smaller ones draw other dropout
-    masks than those that were looked at.
+    Where memory ended on one rank of several, and a prepass saw the rows of the step, all ranks make the step
+    again in micro-batches that fit: smaller ones draw other dropout masks than the prepass saw.
     """
     done = compute_gradients(state, sampler, step)
     met = meet(state.world, state.attachment.shared, done.computed, num_targets=done.num_targets)

@@ -56,7 +56,7 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The model to load where a recipe names a run, with what the new run has to know of it."""
+    """The model to load where a recipe names a run, and what the new run has to know of that run."""
 
     model: str
     note: str | None = None
@@ -94,7 +94,8 @@ def start_from(model: str, *, root: Path, offline: bool) -> Start:
 
 
 def _is_merged(run: Run) -> bool:
-    """Whether the merged base is there, and of this adapter: by content, since a copy keeps its time."""
+    """Whether the merged base is there and was made of this adapter: by content, since a copy keeps its
+    time."""
     try:
         made_of = from_json((run.merged_path / MADE_OF).read_bytes())
     except (OSError, ValueError):
@@ -163,7 +164,7 @@ def _answers(loaded: LoadedModel, collator: Collator | None, rows: list[int]) ->
     answers = []
     for row in rows:
         assert collator is not None, "there are rows"
-        batch = collator.batch([row], draw=0)
+        batch = collator.batch([row], step=0)
         with eval_mode(loaded.model):
             if loaded.head == "vector":
                 logits_NV = hidden_states(loaded.model, batch)[batch.predict_N]

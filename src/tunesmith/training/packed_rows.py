@@ -15,7 +15,7 @@ from tunesmith.inference.load import has_token_types
 from tunesmith.models.packing_check import PackingCheck, check_packing
 from tunesmith.types import BatchImage, ImageRef, ModelKind, Placeholders, Row
 
-PACKED = "packed batches: a probe of rows with images had the same answers end to end as each row alone"
+PACKED_NOTE = "packed batches: a probe of rows with images had the same answers end to end as each row alone"
 MOST_PROBED = 2_048
 """Most tokens of a row with images that is tried: it is read whole."""
 LOOKED_AT = 1_000
@@ -24,7 +24,7 @@ LOOKED_AT = 1_000
 
 @dataclass(frozen=True)
 class SeeingRows:
-    """Rows with images to try packed: a short one, of two images where there is one, and a shorter one."""
+    """Rows with images to try packed: the shortest, and a short one with two images if there is one."""
 
     rows: Sequence[Row] = ()
     too_long: str = ""
@@ -34,7 +34,7 @@ class SeeingRows:
 
     @classmethod
     def of(cls, rows: Splits, placeholders: Placeholders | None) -> SeeingRows:
-        """Choose among the training rows, else among the held-out ones."""
+        """Choose rows to try among the training rows, else among the held-out ones."""
         for store, rows_I in rows.sides:
             numbers = {int(i): store.images_at(int(i)) for i in rows_I[:LOOKED_AT]}
             seeing = sorted((i for i in numbers if numbers[i]), key=lambda i: int(store.lengths[i]))

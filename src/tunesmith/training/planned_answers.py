@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,14 +38,11 @@ def as_answers(rows: Splits, reinforce: Reinforce, distil: Distil) -> tuple[Spli
     lengths and targets and no tokens."""
     if rows.is_prompts:
         new = reinforce.max_new_tokens
-        return _drawn(rows, reinforce.samples, new), [_note("reinforce", new)]
+        return _several(rows, reinforce.samples, new), [Aside(OF_ANSWERS.format(new, "reinforce"))]
     if distil.on_policy:
         new = distil.max_new_tokens
-        store = copy(rows.store)
-        store.lengths = (prompt_lengths(rows.store) + new).astype(np.int32)
-        store.targets = np.full(len(store.lengths), new, np.int32)
-        store.denominators = store.targets.astype(np.float64)
-        return replace(rows, store=store), [_note("distil", new)]
+        store = _answered(rows.store, prompt_lengths(rows.store), new)
+        return replace(rows, store=store), [Aside(OF_ANSWERS.format(new, "distil"))]
     return rows, []
 
 
@@ -59,16 +57,18 @@ def prompt_lengths(store: RowStore) -> NDArray[np.int64]:
     return lengths_I
 
 
-def _drawn(rows: Splits, num: int, new: int) -> Splits:
-    store = copy(rows.store)
-    lengths_I = rows.store.lengths[rows.train_rows]
-    store.lengths = np.repeat(lengths_I + new, num).astype(np.int32)
-    store.targets = np.full(len(store.lengths), new, np.int32)
-    store.denominators = store.targets.astype(np.float64)
+def _answered(store: RowStore, prompts_I: NDArray[np.integer[Any]], new: int) -> RowStore:
+    """A store with a row for each of these lengths of prompts, and `new` tokens of an answer behind each."""
+    answered = copy(store)
+    answered.lengths = (prompts_I + new).astype(np.int32)
+    answered.targets = np.full(len(prompts_I), new, np.int32)
+    answered.denominators = answered.targets.astype(np.float64)
+    return answered
+
+
+def _several(rows: Splits, num: int, new: int) -> Splits:
+    """`num` answers to each prompt."""
+    store = _answered(rows.store, np.repeat(rows.store.lengths[rows.train_rows], num), new)
     for column in ("file_index", "hashes"):
         setattr(store, column, np.repeat(getattr(rows.store, column)[rows.train_rows], num))
     return replace(rows, store=store, train_rows=np.arange(len(store.lengths)))
-
-
-def _note(section: str, new: int) -> Aside:
-    return Aside(OF_ANSWERS.format(new, section))

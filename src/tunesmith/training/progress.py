@@ -56,7 +56,8 @@ PROGRESS_S = 0.5
 
 
 def noted(listener: Listener, run: Run) -> Listener:
-    """The listener of a run whose folder says how far it is, for whoever looks from another process."""
+    """The listener of a run that also writes into the folder how far the run is, for other processes to
+    read."""
     phase, at = "", 0.0
 
     def on_progress(what: str, done: int, total: int) -> None:

@@ -129,7 +129,7 @@ def check_start(setup: Setup) -> None:
     setup.model.train()
     for rows in setup.sampler.step(1):
         num += len(rows)
-        results = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
+        results = setup.task.measure(setup.model, setup.collator.batch(rows, step=1)).results
         for row, result in zip(rows, results, strict=True):
             moved = np.nan_to_num(np.abs(np.subtract(result["logps"], result["reference"])), nan=np.inf)
             if (moved > np.maximum(LEAST_NATS, allowed * np.sqrt(result["lengths"]))).any():

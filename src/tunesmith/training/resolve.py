@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.prompts import begun_answer
 from tunesmith.data.row_targets import write_targets
 from tunesmith.data.sampler import StepSampler, copies, pass_cost
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
-from tunesmith.environment import resident_bytes
+from tunesmith.environment.process import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.evaluation.scores import labels_headline
 from tunesmith.graders import schema as graders
+from tunesmith.graders.prompts import read_as
 from tunesmith.inference.reward_scores import weights_of, weights_of_any
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.parallel.world import World
-from tunesmith.phrases import percent
+from tunesmith.phrases import percent, plural
 from tunesmith.planning import devices
 from tunesmith.planning.decisions import Decisions, with_options
 from tunesmith.planning.defaults import (
@@ -40,7 +42,7 @@ from tunesmith.planning.defaults import (
 )
 from tunesmith.planning.devices import Device
 from tunesmith.planning.drawn import grade_seconds
-from tunesmith.planning.fit import fit, gib, nearest, refuse, refuse_shard, why_whole
+from tunesmith.planning.fit import fit, gib, nearest, refuse, refuse_shard, why_whole, with_fewer_streams
 from tunesmith.planning.forecast import Forecast, Forecaster, measured_tokens
 from tunesmith.planning.memory import TORCH_DTYPES
 from tunesmith.planning.tower import Shown
@@ -51,14 +53,17 @@ from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.image_parts import decide_seeing, forecast_notes
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import as_answers, streams_of
-from tunesmith.training.served_teacher import ServedTeacher, notes_on_asking
-from tunesmith.training.shared_prefixes import decide_sharing, filled_by, image_token_of
+from tunesmith.training.served_teacher import ServedTeacher
+from tunesmith.training.shared_prefixes import decide_sharing, image_token_of, with_shared_prefixes
+from tunesmith.training.teacher import notes_on_teacher
 from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 
 LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
 FULL, MOST_OF_A_DEVICE = 0.75, 64
 """Share of a step in which cards compute, below which a note says why; rows of a device beyond any use."""
+FEW_TRAIN_ROWS, MANY_TIMES = 20, 20
+"""Fewer training rows than this, learnt so often or more, are learnt by heart."""
 
 
 @dataclass
@@ -72,8 +77,8 @@ class ResolvedRun:
     """Notes on the forecast; inputs and rows have their own."""
     inputs: Inputs
     rows: Splits
-    given: JsonObject
-    """Options that the recipe gave, where they differ from the defaults."""
+    user_options: JsonObject
+    """Options of the user's recipe that differ from the defaults."""
     forecast: Forecast | None
     """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
     root: Path
@@ -105,8 +110,8 @@ def resolve_run(
         RecipeError, DataError, ModelError: what was given cannot be used.
         DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
     """
-    # 1. What a person gave, on the machine in question.
-    given, world = changed(recipe), world or World()
+    # 1. What the user set, on the machine in question.
+    user_options, world = changed(recipe), world or World()
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
@@ -131,8 +136,9 @@ def resolve_run(
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
-        notes = rate_notes(recipe.method, recipe.optim, TASKS[rows.task], facts)
-        notes += [*notes_on_asking(recipe, rows), *_notes_on_teacher(recipe)]
+        notes = [*rate_notes(recipe.method, recipe.optim, TASKS[rows.task], facts)]
+        notes += [*notes_on_repeats(recipe.train, facts), *notes_on_teacher(recipe, rows)]
+        notes += _notes_on_prompts(rows, inputs)
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}
         known |= {"other_models": other_weights(recipe, root, offline=offline)}
         with _forecasting(notes):
@@ -145,7 +151,7 @@ def resolve_run(
             decisions.set(key, value)
     # 5. One recipe.
     choices = [choice for choice in decisions.choices if is_here or choice.key not in ("device", "threads")]
-    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast, root, offline)
+    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, user_options, forecast, root, offline)
 
 
 def _facts(inputs: Inputs, rows: Splits, device: Device | None, processes: int, *, recipe: Recipe) -> Facts:
@@ -171,7 +177,7 @@ def _facts(inputs: Inputs, rows: Splits, device: Device | None, processes: int, 
 
 @contextmanager
 def _forecasting(notes: list[str]) -> Iterator[None]:
-    """A block that forecasts: what was given wrong is raised, everything else becomes a note."""
+    """A block that makes a forecast: errors of the input are raised, all others become a note."""
     try:
         yield
     except (RecipeError, DataError, DoesNotFitError):
@@ -219,7 +225,7 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
 def _steps_of(
     recipe: Recipe, layout: Layout, model: Any, *, inputs: Inputs, rows: Splits, kind: str, size: int
 ) -> StepSampler:
-    """The steps of a forecast on so many devices of a kind."""
+    """The steps of a run on `size` devices of a kind, for a forecast."""
     sampler = replace(sampler_of(recipe.train, rows, layout, kind, seed=recipe.seed), part=(0, size))
     if rows.is_prompts:
         return replace(sampler, rows_per_step=sampler.rows_per_step * recipe.reinforce.samples)
@@ -227,7 +233,7 @@ def _steps_of(
         return sampler
     choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
     shares = choice is not None and bool(choice.value)
-    return filled_by(sampler, rows.store, image_token_of(inputs, rows.store)) if shares else sampler
+    return with_shared_prefixes(sampler, rows.store, image_token_of(inputs, rows.store)) if shares else sampler
 
 
 def _forecast(
@@ -261,12 +267,15 @@ def _forecast(
         device=device,
         base=resident_bytes(),
         others=other_models,
-        general_tokens=_general_tokens(inputs) if resolved(recipe.evaluation.general) else 0,
+        general_tokens=_general_tokens(inputs, recipe.evaluation),
         grade=grade_seconds(graders.load(recipe.grader_at)) if rows.is_prompts else 0.0,
         shown=Shown.of(rows, inputs.renderer.placeholders),
     )
     whole, predict, longest = recipe, forecaster.forecast, int(rows.store.lengths[rows.train_rows].max())
+    has_open_streams = rows.is_prompts and inputs.recipe.reinforce.streams == "auto"
+    whole, fewer_streams = with_fewer_streams(whole, predict) if has_open_streams else (whole, [])
     recipe, fitted, forecast = fit(whole, predict, longest=longest, free_tokens=free_tokens)
+    fitted = [*fewer_streams, *fitted]
     if not forecast.fits and can_split:
         needed = f"a whole model on each device would need {gib(forecast.memory.total)} of {gib(device.room)}"
         choice = Choice("shard", True, f"{needed}: the layers' weights are split over {size}")
@@ -277,10 +286,7 @@ def _forecast(
                 recipe, fitted, forecast = split, [choice, *others], other
     if not forecast.fits:
         forecast = replace(forecast, alternatives=nearest(recipe, predict, longest=longest))
-        refusal = refuse(forecast)
-        if recipe.memory == "refuse":
-            raise refusal
-        notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
+        notes.append(_refused(forecast, recipe.memory))
     steps = total_steps(recipe.train, forecast.sampler.steps_per_epoch)
     if inputs.recipe.checkpoint.every == "auto" and (saving := _saving(steps, forecast, folder)):
         recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
@@ -290,6 +296,14 @@ def _forecast(
     decisions.decide(*fitted)
     notes += forecast_notes(forecast, forecaster.shown)
     return forecast
+
+
+def _refused(forecast: Forecast, memory: str) -> str:
+    """A note on a run that does not fit. Raises DoesNotFitError instead if the option `memory` says so."""
+    refusal = refuse(forecast)
+    if memory == "refuse":
+        raise refusal
+    return f"{refusal} More: tunesmith explain {refusal.topic}"
 
 
 def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool) -> Device:
@@ -321,11 +335,32 @@ def other_weights(recipe: Recipe, root: Path, *, offline: bool) -> int:
     return num_bytes
 
 
-def _notes_on_teacher(recipe: Recipe) -> list[str]:
-    teacher = recipe.distil.teacher
-    if teacher is None or Path(recipe.teacher_at).resolve() != Path(recipe.model).resolve():
+def notes_on_repeats(train: Train, facts: Facts) -> list[str]:
+    """A note where few rows are trained so often that a model knows them by heart."""
+    rows, rows_per_step = len(facts.lengths_I), resolved(train.rows_per_step)
+    steps = total_steps(train, facts.steps_per_epoch(rows_per_step))
+    times = steps * min(rows_per_step, rows) // rows
+    if rows >= FEW_TRAIN_ROWS or times < MANY_TIMES:
         return []
-    return [f"distil.teacher: {teacher}: it is the model that learns, which has nothing to learn from itself"]
+    which = "1 training row is" if rows == 1 else f"{rows} training rows are"
+    return [
+        f"{which} learnt {times:,} times in {plural(steps, 'step')}: a model has so few rows by heart soon, and learns "
+        "little that helps with others. Give more rows, or stop earlier with train.max_steps"
+    ]
+
+
+def _notes_on_prompts(rows: Splits, inputs: Inputs) -> list[str]:
+    """A note on what the template begins of each answer, which no grader finds in its text."""
+    if not rows.is_prompts:
+        return []
+    store, rows_I = rows.sides[0]
+    begun = begun_answer(inputs.renderer.tokenizer, store.row(int(rows_I[0])).ids.tolist())
+    if not begun:
+        return []
+    return [
+        f"the chat template opens {begun.strip()} at the end of each prompt, so answers go on behind it and lack it: "
+        'a grader has it as sample["prefix"]'
+    ]
 
 
 def _saving(steps: int, forecast: Forecast, folder: Path | None) -> Choice | None:
@@ -377,9 +412,11 @@ def _speaks(inputs: Inputs) -> bool:
     return general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
 
 
-def _general_tokens(inputs: Inputs) -> int:
-    """Tokens of the general text; 0 for a model that cannot continue it."""
-    return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if _speaks(inputs) else 0
+def _general_tokens(inputs: Inputs, evaluation: EvaluationOptions) -> int:
+    """Tokens of the general text that a run reads; 0 where it reads none, or the model cannot continue it."""
+    if not resolved(evaluation.general) or not _speaks(inputs):
+        return 0
+    return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer))
 
 
 def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
@@ -406,7 +443,9 @@ def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progre
     _check_evaluation(recipe.evaluation, inputs.head, rows)
     if grader is not None:
         store, rows_I = rows.sides[0]
-        graders.check_variables(grader, next(iter(rows.prompts(store, rows_I[:1]).values())).kept, "reinforce.grader")
+        first = next(iter(rows.prompts(store, rows_I[:1]).values())).kept
+        rows.notes.extend(read_as(first))
+        graders.check_variables(grader, first, "reinforce.grader")
     return rows
 
 
@@ -421,7 +460,7 @@ def _check_evaluation(evaluation: EvaluationOptions, head: HeadName, rows: Split
 
 
 def sampler_of(train: Train, rows: Splits, layout: Layout, device: str, *, seed: int) -> StepSampler:
-    """The sampler that decides which rows make which step, on such a device."""
+    """The sampler that decides which rows make which step, for a device of this kind."""
     weights_I, sources_I = _weights(rows)
     return StepSampler(
         rows_I=rows.train_rows,
@@ -444,7 +483,7 @@ def rows_per_epoch(rows: Splits, seed: int) -> int:
 
 
 def _weights(rows: Splits) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
-    """How often an epoch takes each training row, and the number of its source where sources have shares."""
+    """Times that an epoch takes each training row, and the number of its source where sources have shares."""
     file_I = rows.store.file_index[rows.train_rows]
     sources_I = source_ids(rows.data)[file_I] if rows.data.mix == "shares" else None
     return times_per_epoch(rows.data, rows.trained_per_file)[file_I], sources_I

@@ -1,16 +1,27 @@
-"""Whether a run that is resumed is still the same run: what may change, and what may not."""
+"""Whether a run that is resumed is still the same run: its identity, and what of it may change."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from tunesmith.data import sampler
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.inference.load import follow_renamed_gguf
 from tunesmith.parallel.world import World
+from tunesmith.phrases import changes
 from tunesmith.recipe import load
+from tunesmith.recipe.docs import flat
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
-from tunesmith.training.setup import Setup
+from tunesmith.tasks import TASKS
+
+if TYPE_CHECKING:
+    from tunesmith.data.renderer import Renderer
+    from tunesmith.data.splits import Splits
+    from tunesmith.training.draw import Drawing
+    from tunesmith.training.setup import Setup
+    from tunesmith.training.teacher import Teacher
 
 MAY_CHANGE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices", "shard")
 """Options that change the memory of a step, and of its result rounding and dropout's random numbers."""
@@ -31,10 +42,50 @@ MEASURES_LATER = "setting evaluation.samples_before"
 """Another such setting, which changes only a measurement: it may have any value."""
 
 
+def run_identity(
+    recipe: Recipe,
+    rows: Splits,
+    renderer: Renderer,
+    model_hashes: Mapping[str, str],
+    *,
+    drawing: Drawing | None,
+    teacher: Teacher | None,
+) -> dict[str, str]:
+    """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
+    the recipe for other tasks are left out."""
+    section = TASKS[resolved(recipe.task)].section
+    sections = [task.section for task in TASKS.values() if task.section is not None]
+    unused_sections = {other.name for other in sections if other is not section}
+    options = flat(recipe.model_dump(exclude={"track", *unused_sections}))
+    settings = {f"setting {key}": str(value) for key, value in options.items()}
+    model = {f"model {name}": digest for name, digest in model_hashes.items()}
+    file_hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
+    data = {f"data {path}": digest for path, digest in file_hashes.items()}
+    encoded = {
+        "tokenizer and template": renderer.fingerprint,
+        "rows": rows.store.key,
+        "held-out rows": rows.held_store.key,
+        "setting order of rows": f"version {sampler.ORDER_VERSION}",
+    }
+    if drawing is not None:
+        encoded["grader"] = drawing.pool.identity
+    if rows.has_images:
+        encoded["images"] = f"{rows.store.summary.images} {rows.held_store.summary.images}"
+    if teacher is not None:
+        encoded["teacher"] = teacher.digest
+    return {**settings, **model, **data, **encoded}
+
+
 def refuse_other_run(
     run: Run, setup: Setup, then: Mapping[str, str], settings: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Notes on settings changed before, and settings that the run did not name; RunError if it is another."""
+    """Compare the identity of a run `then`, in its checkpoint, with the one that it has now.
+
+    Returns notes on settings that an earlier resume changed, and the settings that its version did not record.
+
+    Raises:
+        RunError: it would be another run.
+    """
     if not then:
         return [], []
     later = {key: value for key, value in NAMED_LATER.items() if key in setup.identity}
@@ -59,8 +110,8 @@ def refuse_other_run(
 
 
 def settings_of_group(recipe: Recipe, world: World) -> list[str]:
-    """Settings of a run that is resumed on another number of devices: as many threads in all as before, and
-    whole layers if it is alone now."""
+    """Settings of a run that is resumed on another number of devices: the same number of threads in all, and
+    whole layers if one process is left."""
     before = 1 if recipe.devices == "auto" else recipe.devices
     unsharded = ["shard=false"] if world.size == 1 and recipe.shard is True else []
     if before == world.size:
@@ -71,7 +122,7 @@ def settings_of_group(recipe: Recipe, world: World) -> list[str]:
 
 
 def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
-    """The recipe of a run with settings that a person gave. Raises RecipeError if they make another run."""
+    """The recipe of a run with the settings that a user gave. Raises RecipeError if they make another run."""
     keys = [setting.partition("=")[0].strip() for setting in settings]
     if other := [key for key in keys if key not in MAY_CHANGE]:
         raise RecipeError(
@@ -82,7 +133,7 @@ def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
 
 
 def recipe_with(run: Run, settings: Sequence[str]) -> Recipe:
-    """The recipe of a run with some settings, its files at their places now."""
+    """The recipe of a run with some settings, and with its files where they are now."""
     return run.place(load.load(str(run.recipe_path), settings)) if settings else run.recipe()
 
 
@@ -91,12 +142,7 @@ def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:
-    changed = [
-        f"{key} was {then.get(key, 'absent')}, is {now.get(key, 'absent')}"
-        for key in sorted({*now, *then})
-        if now.get(key) != then.get(key)
-    ]
-    if changed:
+    if changed := changes(then, now):
         raise RunError(
             f"{run.path}: cannot resume exactly, because this changed: {'; '.join(changed)}. "
             "Put it back, or start a new run with `tunesmith train`."

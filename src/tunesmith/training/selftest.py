@@ -16,7 +16,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from tunesmith.environment import refuse_ranks
+from tunesmith.environment.process import refuse_ranks
 from tunesmith.errors import InputError
 from tunesmith.methods import restore
 from tunesmith.models import load
@@ -51,7 +51,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One comparison."""
+    """One comparison, and whether it passed."""
 
     name: str
     passed: bool
@@ -59,7 +59,7 @@ class Proof:
 
 
 def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
-    """Every proof in turn, on the recipe's model and rows, or on built-in rows when it names none."""
+    """Yield every proof in turn, on the rows of the recipe, or on built-in rows if it names none."""
     refuse_ranks(os.environ)
     with tempfile.TemporaryDirectory(prefix="tunesmith-selftest-") as name, _as_it_was():
         folder = Path(name)
@@ -68,13 +68,13 @@ def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
         if setup.drawing is not None:
             setup.drawing.close()
             raise InputError(
-                "task reinforce: its rows have nothing to learn before answers are drawn, and every run "
-                "compares what draws with what learns. Test the model with another task: --set task=chat"
+                "task reinforce: its rows have no answers that a self-test could learn; each run itself checks that "
+                "answers are drawn and learnt by the same numbers. Test the model with another task: --set task=chat"
             )
         if setup.teacher is not None:
             raise InputError(
-                "task distil: its rows are learnt once a teacher has read them. Test the model with another task: "
-                "--set task=chat"
+                "task distil: its rows cannot be learnt before a teacher has read them. Test the model with "
+                "another task: --set task=chat"
             )
         yield _packing(setup)
         if setup.samples:
@@ -118,7 +118,8 @@ def _task_of(located: ModelRef, template: str | None) -> TaskName:
     """The task that is usual for a model."""
     kind = model_kind(located)
     tokenizer = load.load_tokenizer(located, template, on_note=lambda note: None)
-    fitting = [task for task in TASKS.values() if kind in task.heads and (tokenizer.chat_template or not task.is_chat)]
+    has_template = bool(tokenizer.chat_template)
+    fitting = [task for task in TASKS.values() if kind in task.heads and (has_template or not task.is_chat)]
     # An encoder of sentences has no head for masked tokens, and every encoder can get one for classes.
     return min(fitting, key=lambda task: kind == "encoder" and not task.learns_classes).name
 
@@ -134,16 +135,14 @@ def _packing(setup: Setup) -> Proof:
 
 
 def _templates(setup: Setup) -> Proof:
-    """The tokens in front of each trained answer are those that serving would feed."""
-    wrong = [sample.source for sample in setup.samples if not _is_prefix(setup, sample.ids, sample.source)]
-    finding = f"{len(setup.samples) - len(wrong)} of {len(setup.samples)} rows begin with the prompt as it is served"
-    return Proof("training prompts are serving prompts", not wrong, finding)
-
-
-def _is_prefix(setup: Setup, prompt: Sequence[int], source: str) -> bool:
-    store = setup.rows.held_store
-    row = next(row for row in map(store.row, map(int, setup.rows.held_rows)) if str(row.source) == source)
-    return list(map(int, row.ids[: len(prompt)])) == list(prompt)
+    """The tokens before each trained answer are the tokens of the prompt that a server would read."""
+    held_out = [setup.rows.held_store.row(int(index)) for index in setup.rows.held_rows]
+    num_right = 0
+    for sample in setup.samples:
+        row = next(row for row in held_out if str(row.source) == sample.source)
+        num_right += row.ids[: len(sample.ids)].tolist() == list(sample.ids)
+    finding = f"{num_right} of {len(setup.samples)} rows begin with the prompt as it is served"
+    return Proof("training prompts are serving prompts", num_right == len(setup.samples), finding)
 
 
 def _accumulation(setup: Setup) -> Proof:
@@ -166,7 +165,7 @@ def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tenso
     setup.model.eval()  # no dropout: it would differ between the two ways
     loss_of = step_loss(setup, [tuple(rows) for rows in passes], 1)
     for rows in passes:
-        batch = setup.collator.batch(rows, draw=0, lines="learnt")
+        batch = setup.collator.batch(rows, step=0, lines="learnt")
         (loss_of(setup.model, batch) / count).backward()  # type: ignore[no-untyped-call]
         setup.attachment.collect_gradients()
     gradients = {name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None}

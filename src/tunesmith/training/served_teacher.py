@@ -15,28 +15,32 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.data.kept_replies import KeptReplies, key_of
-from tunesmith.data.splits import Splits
 from tunesmith.data.teacher_rows import MOST_IDS
 from tunesmith.errors import RecipeError, TeacherError
+from tunesmith.generation.draws import DrawnAnswer
 from tunesmith.graders import remote
 from tunesmith.graders.pool import JUDGED_AT_ONCE
 from tunesmith.graders.schema import JUDGE_SECONDS
-from tunesmith.phrases import plural
-from tunesmith.recipe.distillation import Distil
-from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.types import JsonObject, Row
+from tunesmith.models.fused_loss import OutputLayer
+from tunesmith.recipe.reinforcement import Reinforce
+from tunesmith.runs.keyed_lines import KeyedLines
+from tunesmith.tasks.policy_losses import policy_loss_sum
+from tunesmith.training.draw import numbers_of
+from tunesmith.training.teacher import Teacher, sha256_of
+from tunesmith.types import JsonObject, LossSum, Row
 
 PROBED = 64
 """Tokens of the prompt that is scored before anything is trained."""
@@ -49,6 +53,8 @@ SAME = 0.1
 another batch moves a model in bfloat16 by less, another model by more."""
 UNCHECKED = "\ufffd"
 """Text of a piece of a character, which servers put together with its neighbours."""
+BY_TOKENS = Reinforce()
+"""The loss `clip` of task reinforce at temperature 1, with its correction of rounding: one update a draw."""
 _OTHER_WAYS = (
     "Name a server that scores prompts (vLLM, tunesmith serve), or a model on this machine; or have the server write "
     "answers and train on these by task chat, or grade answers as a `score_model` of task reinforce."
@@ -64,16 +70,13 @@ class _ReplyError(Exception):
 
 
 @dataclass
-class ServedTeacher:
-    """A model at an address that scores prompts and is not trained. It computes at temperature 1."""
+class ServedTeacher(Teacher):
+    """A model at an address that scores prompts. It computes at temperature 1."""
 
-    options: Distil
-    tokenizer: PreTrainedTokenizerBase
-    """The tokenizer of the model that learns."""
     offline: bool = False
-    replies: KeptReplies | None = None
+    replies: KeyedLines | None = None
     """Replies to rows, kept until all are there: a server may charge for them."""
-    drawn_replies: KeptReplies | None = None
+    drawn_replies: KeyedLines | None = None
     """Replies to drawn answers, so that a step that is made again gets the same numbers."""
     _is_proven: bool = False
     _same_text: set[int] = field(default_factory=set)
@@ -84,27 +87,18 @@ class ServedTeacher:
         return (self.options.teacher or "").rstrip("/")
 
     @property
-    def vocabulary(self) -> int:
-        """Tokens that both models have."""
-        return len(self.tokenizer)
-
-    @property
     def digest(self) -> str:
         """SHA-256 of its address and name; nothing else of it is known."""
-        return hashlib.sha256(orjson.dumps([self.address, self.options.model])).hexdigest()
+        return sha256_of([self.address, self.options.model])
 
-    @property
-    def computed(self) -> Mapping[str, Any]:
-        """Nothing of this machine decides its numbers."""
-        return {}
-
-    @property
-    def top(self) -> int:
-        """Number of tokens in a list; at least one token of the vocabulary is left for the rest."""
-        return min(resolved(self.options.top), self.vocabulary - 1)
-
-    def free(self) -> None:
-        """Do nothing: the model is not in this machine's memory."""
+    @contextmanager
+    def keeping(self, folder: Path, of_rank: str) -> Iterator[None]:
+        """Replies to rows are kept until all are there, and those to drawn answers as long as the run."""
+        self.drawn_replies = KeyedLines(folder / f"drawn{of_rank}.jsonl")
+        self.replies = KeyedLines(folder / f"asked{of_rank}.jsonl")
+        yield
+        self.replies.remove()
+        self.replies = None
 
     def prove(self) -> None:
         """Have a prompt of tokens from everywhere in the vocabulary scored, once. Raises RecipeError for a
@@ -120,30 +114,47 @@ class ServedTeacher:
             raise RecipeError(f"{name}: {self.vocabulary:,} tokens are more than lists hold. Use another model.")
         remote.key_of(self.options.key_env, "distil.key_env")
         try:
-            self._entries(probe_ids(self.tokenizer), self._list_of, range(PROBED), self.top)
+            self._numbers(probe_ids(self.tokenizer), range(1, PROBED), self._list_of, self.top)
         except remote.RemoteError as error:
-            way = "See that it runs and can be reached from here."
-            if error.status is not None:
-                way = f"If {self.top} log-probabilities are too many for it, lower distil.top, or start it for more"
-                way += f" (vLLM: --max-logprobs {self.top})."
-            raise RecipeError(f"distil.teacher: {error}. {way} {_OTHER_WAYS}") from None
+            raise RecipeError(f"distil.teacher: {error}. {self._way_out(error.status)}") from None
         except _ReplyError as error:
             sent = f"a prompt of {PROBED} tokens was sent, and the server"
             raise RecipeError(f"{name}: {sent} {error}. {_OTHER_WAYS}") from None
         self._is_proven = True
 
+    def _way_out(self, status: int | None) -> str:
+        """The way out where the server refuses a prompt by this HTTP status, or does not answer (None)."""
+        if status is None:
+            return f"See that it runs and can be reached from here. {_OTHER_WAYS}"
+        if status in (401, 403):
+            return "Set an environment variable to its key, and name the variable by distil.key_env."
+        if status == 404:
+            asked = f"{self.address}/completions was asked for {self.options.model!r} (distil.model)"
+            return f"{asked}: an address mostly ends in /v1, and ADDRESS/models lists the names. {_OTHER_WAYS}"
+        too_many = f"If {self.top} log-probabilities are too many for it, lower distil.top, or start it for more"
+        return f"{too_many} (vLLM: --max-logprobs {self.top}). {_OTHER_WAYS}"
+
     def lists(self, rows: Sequence[Row]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """The number of each row, and [N, C] of its targets, as they come. Raises TeacherError for a row."""
-        yield from self._asked(rows, self._list_of, self.replies)
+        """As `Teacher.lists`. Raises TeacherError for a row."""
+        yield from enumerate(self._asked(rows, self._list_of, self.top, self.replies))
 
-    def logps(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
-        """[N] of each row, the log-probability of each target. Raises TeacherError for a row."""
-        of_rows = dict(self._asked(rows, lambda entry, token: [_logp(entry, token)], self.drawn_replies, top=1))
-        return [of_rows[i][:, 0] for i in range(len(rows))]
+    def taught(
+        self, rows: Sequence[Row], answers: Sequence[DrawnAnswer], output: OutputLayer | None
+    ) -> tuple[list[NDArray[np.float32]], LossSum]:
+        """The advantage of each token, log π_T − log μ, without discount and without baseline. Raises TeacherError.
 
-    def refuse_other(self, row: Row, before_NC: NDArray[np.float32], place: object) -> None:
-        """Raise RecipeError if the server's numbers of a row differ from the kept ones."""
-        ((_, now_NC),) = self._asked([row], self._list_of, None)
+        Its mean over drawn tokens has the gradient of the reverse divergence, and the loss of a step is an
+        estimate of it: Lu and Thinking Machines Lab 2025, "On-Policy Distillation".
+        """
+        logps = self._asked(rows, lambda entry, token: [_logp(entry, token)], 1, self.drawn_replies)
+        values = [
+            numbers_of(answer, logp_N1[:, 0] - np.array(answer.logps, np.float32))
+            for answer, logp_N1 in zip(answers, logps, strict=True)
+        ]
+        return values, partial(policy_loss_sum, options=BY_TOKENS, output=output)
+
+    def refuse_other(self, row: Row, before_NC: NDArray[np.float32], place: Path) -> None:
+        (now_NC,) = self._asked([row], self._list_of, self.top, None)
         listed = [dict(zip(now_C[: self.top], now_C[self.top :], strict=False)) for now_C in now_NC]
         pairs = zip(listed, before_NC, strict=True)
         off = [abs(of_token.get(before_C[0], -math.inf) - before_C[self.top]) for of_token, before_C in pairs]
@@ -155,55 +166,44 @@ class ServedTeacher:
             )
 
     def _asked(
-        self, rows: Sequence[Row], numbers: Numbers, replies: KeptReplies | None, *, top: int | None = None
-    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """The number of each row and the `numbers` of each of its targets: of rows with a kept reply first.
-        `top`: tokens that are listed at a place; None: as in a list."""
+        self, rows: Sequence[Row], numbers: Numbers, top: int, replies: KeyedLines | None
+    ) -> Iterator[NDArray[np.float32]]:
+        """`numbers` of each target of each row, [N, C], from entries of `top` tokens. Several rows are asked at a
+        time, and none of which there is a reply."""
         self.prove()
-        keys = [key_of(row.ids, row.trained) for row in rows]
-        left = []
-        for i, key in enumerate(keys):
-            values_NC = None if replies is None else replies.get(key)
-            if values_NC is None:
-                left.append(i)
-            else:
-                yield i, values_NC
-        pool, failures = ThreadPoolExecutor(JUDGED_AT_ONCE), list[TeacherError]()
-        under_way, waiting = dict[Future[NDArray[np.float32]], int](), iter(left)
+        pool = ThreadPoolExecutor(JUDGED_AT_ONCE)
         try:
-            while True:
-                for i in islice(waiting, 0 if failures else JUDGED_AT_ONCE - len(under_way)):
-                    under_way[pool.submit(self._numbers, rows[i], numbers, top or self.top)] = i
-                if not under_way:
-                    break
-                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    i = under_way.pop(future)
-                    try:
-                        values_NC = future.result()
-                    except TeacherError as error:  # what is under way is paid for, and comes
-                        failures.append(error)
-                        continue
-                    if replies is not None:
-                        replies.put(keys[i], values_NC)
-                    yield i, values_NC
+            yield from pool.map(lambda row: self._numbers_of_row(row, numbers, top, replies), rows)
+        except TeacherError:
+            pool.shutdown()  # what is under way is paid for, and is kept
+            raise
         finally:
-            pool.shutdown(wait=False)
-        if failures:
-            raise failures[0]
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _numbers(self, row: Row, numbers: Numbers, top: int) -> NDArray[np.float32]:
-        places = set(np.flatnonzero(row.trained).tolist())
+    def _numbers_of_row(self, row: Row, numbers: Numbers, top: int, replies: KeyedLines | None) -> NDArray[np.float32]:
+        key, places = _key_of(row), np.flatnonzero(row.trained).tolist()
+        if replies is not None and (reply := replies.get(key)) is not None:
+            return np.frombuffer(b64decode(reply["values"]), np.float32).reshape(len(places), -1)
         try:
-            of_places = self._entries(row.ids.tolist(), numbers, places, top)
+            values_NC = self._numbers(row.ids.tolist(), places, numbers, top)
         except remote.RemoteError as error:
             raise TeacherError(f"{row.source}: the teacher does not answer: {error}.") from None
         except _ReplyError as error:
             raise TeacherError(f"{row.source}: the teacher at {self.address} {error}.") from None
-        return np.array(of_places, np.float32)
+        if replies is not None:
+            replies.add({key: {"values": b64encode(values_NC.tobytes()).decode()}})
+        return values_NC
 
-    def _entries(self, ids: Sequence[int], numbers: Numbers, wanted: Container[int], top: int) -> list[list[float]]:
-        """`numbers` of the entry at each wanted place of a prompt. Every entry is held against the prompt.
-        Raises RemoteError, _ReplyError."""
+    def _numbers(self, ids: Sequence[int], places: Sequence[int], numbers: Numbers, top: int) -> NDArray[np.float32]:
+        """[N, C], `numbers` at N places of a prompt. Raises RemoteError, _ReplyError."""
+        entries = self._entries(ids, top)
+        for place in places:
+            self._refuse_other_text(entries[place])
+        return np.array([numbers(entries[place], ids[place]) for place in places], np.float32)
+
+    def _entries(self, ids: Sequence[int], top: int) -> Sequence[Entry]:
+        """The entries of a prompt, each held against the token at its place; the first place has none. Raises
+        RemoteError, _ReplyError."""
         body: JsonObject = {"model": self.options.model, "prompt": ids, "prompt_logprobs": top}
         body |= {"max_tokens": 1, "temperature": 0}
         reply = remote.post(
@@ -222,15 +222,10 @@ class ServedTeacher:
             raise _ReplyError("gives no prompt_logprobs: it does not score prompts")
         if len(entries) != len(ids) or num_read != len(ids):
             raise _ReplyError(f"read {num_read} tokens and scored {len(entries)}, of {len(ids)} that were sent")
-        of_places = []
-        for place in range(1, len(ids)):
-            entry, token = entries[place], ids[place]
-            if not isinstance(entry, dict) or str(token) not in entry:
+        for place, (entry, token) in enumerate(zip(entries, ids, strict=True)):
+            if place and (not isinstance(entry, dict) or str(token) not in entry):
                 raise _ReplyError(f"does not score token {token} at place {place}, which it was sent there")
-            if place in wanted:
-                self._refuse_other_text(entry)
-                of_places.append(numbers(entry, token))
-        return of_places
+        return entries
 
     def _refuse_other_text(self, entry: Entry) -> None:
         for name, value in entry.items():
@@ -255,7 +250,10 @@ class ServedTeacher:
         logp_of = {int(name): _logp(entry, name) for name in entry}
         likeliest = sorted((-logp, listed) for listed, logp in logp_of.items() if listed < self.vocabulary)[: self.top]
         if len(likeliest) < self.top:
-            raise _ReplyError(f"lists {len(likeliest)} of the {self.top} tokens that were asked for (distil.top)")
+            beyond = sum(listed >= self.vocabulary for listed in logp_of)
+            other = f", and {beyond} beyond the {self.vocabulary:,} tokens of the model that learns" if beyond else ""
+            asked = f"{len(likeliest)} of the {self.top} tokens that were asked for (distil.top)"
+            raise _ReplyError(f"lists {asked}{other}")
         total = math.fsum(math.exp(-negative) for negative, _ in likeliest)
         if total > 1 + SURE:
             raise _ReplyError(f"gives probabilities that sum to {total:.3f}")
@@ -270,23 +268,13 @@ def _logp(entry: Entry, token: int | str) -> float:
     return float(value)
 
 
+def _key_of(row: Row) -> str:
+    """SHA-256 of its tokens and of those that are learnt."""
+    return hashlib.sha256(row.ids.astype(np.int32).tobytes() + row.trained.tobytes()).hexdigest()
+
+
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids from everywhere in a vocabulary, its first and last ones too, that are plain text."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     plain = [token for token in range(len(tokenizer)) if token not in special] or list(range(len(tokenizer)))
     return [plain[int(place)] for place in np.linspace(0, len(plain) - 1, PROBED)]
-
-
-def notes_on_asking(recipe: Recipe, rows: Splits) -> list[str]:
-    """Notes of a plan on a teacher at an address: how often it is asked, and what the divergence is of."""
-    if not recipe.distil.is_served:
-        return []
-    held, trained = len(rows.held_rows), 0 if recipe.distil.on_policy else len(rows.train_rows)
-    name = f"distil.teacher: {recipe.distil.teacher}"
-    steps = f", and {plural(resolved(recipe.train.rows_per_step), 'time')} in each step" * recipe.distil.on_policy
-    words = f"asked {plural(held + trained + 1, 'time')} before the first step{steps}"
-    top = resolved(recipe.distil.top)
-    return [
-        f"{name}: {words}: the time that it takes is not foreseen",
-        f"{name}: the divergence from it is of its {top} likeliest tokens, and of all others as one",
-    ]

@@ -4,7 +4,7 @@ every check made before step 1."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tunesmith.data import sampler
 from tunesmith.data.collate import Collator, Masking, pads_to_multiple
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.renderer import Renderer
@@ -45,7 +44,6 @@ from tunesmith.phrases import size
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast, kept_checkpoints
 from tunesmith.planning.memory import TORCH_DTYPES, layers_to_split
-from tunesmith.recipe.docs import flat
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.atomic import free_bytes
@@ -55,13 +53,14 @@ from tunesmith.tasks import TASKS, bind
 from tunesmith.training.draw import Drawing
 from tunesmith.training.image_parts import seeing_notes
 from tunesmith.training.inputs import Inputs
-from tunesmith.training.packed_rows import PACKED, packed_agrees
+from tunesmith.training.packed_rows import PACKED_NOTE, packed_agrees
 from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
-from tunesmith.training.shared_prefixes import decide_sharing, filled_by, image_token_of
+from tunesmith.training.same_run import run_identity
+from tunesmith.training.shared_prefixes import decide_sharing, image_token_of, with_shared_prefixes
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.training.taught_answers import taught_by
-from tunesmith.training.teacher import AnyTeacher
-from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress
+from tunesmith.training.teacher import Teacher
+from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Layout, ModelKind, OnProgress
 
 PROBED = 3
 """Number of training rows that are tried before the first step: for float16, and packed together."""
@@ -90,14 +89,14 @@ class Setup(TrainState):
     samples: list[SamplePrompt]
     new_head: bool
     """Whether the head has random weights before the first step."""
-    given: JsonObject
-    """Options of the person's recipe that differ from the defaults, before anything was decided."""
+    user_options: JsonObject
+    """Options of the user's recipe that differ from the defaults, before anything was decided."""
     forecast: Forecast | None
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
     drawing: Drawing | None = None
-    """Draws and grades answers; None: rows have theirs."""
-    teacher: AnyTeacher | None = None
-    """The model that rows, or drawn answers, are read by."""
+    """Draws and grades answers; None: the rows have answers."""
+    teacher: Teacher | None = None
+    """The model to learn from: it reads the rows, or the answers that are drawn."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of data, model, tokenizer and template, and settings. An exact resume needs the same, but for
     `same_run.MAY_CHANGE`."""
@@ -149,37 +148,43 @@ def prepare(
         >>> setup = tunesmith.prepare(recipe, root=Path("runs"))
     """
     world = world or World()
-    plan = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
-    if run is None and plan.served is not None:
-        plan.served.prove()  # before a model is loaded; a run that goes on may need it no more
-    setup = _set_up(plan, world, on_progress)
-    # A float16 that the person chose is kept: losses that are no numbers will show that it overflows.
-    if plan.recipe.precision != "float16" or not _overflows(setup, was_chosen="precision" not in plan.given):
+    resolved_run = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
+    if run is None and resolved_run.served is not None:
+        # Before a model is loaded. A resumed run may not need its teacher any more.
+        resolved_run.served.prove()
+    setup = _set_up(resolved_run, world, on_progress)
+    # A float16 that the user set stays: a loss that is not a number will show where it overflows.
+    is_default = "precision" not in resolved_run.user_options
+    if resolved_run.recipe.precision != "float16" or not _overflows(setup, is_default=is_default):
         return setup
     del setup
     free_cached_memory()
     float32 = recipe.model_copy(update={"precision": "float32"})
-    plan = _resolve_together(world, float32, root, offline=offline, on_progress=on_progress, run=run, tries=1)
+    resolved_run = _resolve_together(
+        world, float32, root, offline=offline, on_progress=on_progress, run=run, earlier_tries=1
+    )
     reason = "numbers in this model are too large for float16, this device's fast type, as first rows showed"
-    others = (choice for choice in plan.choices if choice.key != "precision")
-    plan.choices = [*others, Choice("precision", "float32", reason)]
-    plan.given.pop("precision", None)  # float32 was decided here, not given by the person
-    return _set_up(plan, world, on_progress)
+    other_choices = [choice for choice in resolved_run.choices if choice.key != "precision"]
+    resolved_run.choices = [*other_choices, Choice("precision", "float32", reason)]
+    resolved_run.user_options.pop("precision", None)  # float32 was decided here, not set by the user
+    return _set_up(resolved_run, world, on_progress)
 
 
 @torch.no_grad()
-def _overflows(setup: Setup, *, was_chosen: bool) -> bool:
-    """Whether the forward pass overflows on one of the first rows, which no scale of the loss can mend. Only a
-    precision that `was_chosen` here, not by the person, is tried. The first rank tries it for all ranks."""
+def _overflows(setup: Setup, *, is_default: bool) -> bool:
+    """Whether the forward pass overflows on one of the first rows, which no scale of the loss can mend. Nothing
+    is tried where the user set the precision. The first rank tries the rows for all ranks.
+
+    `is_default`: whether the precision was decided here."""
     world = setup.world
     if not world.is_first:
         return bool(world.wait_for("overflows"))
-    rows = [int(i) for i in setup.rows.train_rows[:PROBED]] if was_chosen else []
+    rows = [int(i) for i in setup.rows.train_rows[:PROBED]] if is_default else []
     overflows = False
     with eval_mode(setup.model):
         for row in rows:
-            batch = setup.collator.batch([row], draw=1)
-            if setup.drawing is not None:  # nothing is learnt of a prompt: all its tokens are tried
+            batch = setup.collator.batch([row], step=1)
+            if setup.drawing is not None:  # a prompt has no targets: all its tokens are tried instead
                 places_N = torch.arange(batch.lengths[0], device=batch.ids_BT.device)
                 batch = replace(batch, predict_N=places_N, targets_N=batch.ids_BT[0, : len(places_N)])
             overflows = overflows or not bool(setup.task.measure(setup.model, batch).losses_N.isfinite().all())
@@ -187,15 +192,14 @@ def _overflows(setup: Setup, *, was_chosen: bool) -> bool:
     return overflows
 
 
-def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
+def _set_up(resolved_run: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     """Load the model of a resolved run and attach its method."""
-    recipe, inputs, rows = plan.recipe, plan.inputs, plan.rows
+    recipe, inputs, rows = resolved_run.recipe, resolved_run.inputs, resolved_run.rows
     device = world.card or recipe.device
     on_progress("load", 0, 1)
     hashes = in_background(partial(load.fingerprint, inputs.located))
     torch.set_num_threads(resolved(recipe.threads))
-    model, num_parameters = _load(recipe, inputs, rows.labels, world)
-    _refuse_longer_tokenizer(model, inputs, rows)
+    model, num_parameters = _load(recipe, inputs, rows, world)
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
     tokenizer = inputs.renderer.tokenizer
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad_id(model, tokenizer))
@@ -203,28 +207,29 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     with attachment.perturbed():
         layout, padding_notes = _layout(model, rows, inputs, plain=recipe.kernels == "plain")
         _refuse_drawing(rows, model, layout, padding_notes, inputs.located.name)
-    in_pieces = METHODS[recipe.method.name].fused_loss and recipe.kernels == "fast"
-    output, loss_notes = _output_layer(model) if in_pieces else (None, [])
+    loss_in_pieces = METHODS[recipe.method.name].fused_loss and recipe.kernels == "fast"
+    output_layer, loss_notes = _output_layer(model) if loss_in_pieces else (None, [])
+    task_name, vocabulary = resolved(recipe.task), len(tokenizer)
+    task = bind(task_name, rows.labels, recipe.loss, output_layer, recipe=recipe, vocabulary=vocabulary)
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
-    sampler = sampler_of(recipe.train, rows, layout, device, seed=recipe.seed)
-    sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
-    collator, held_collator, sharing_choices = collators(recipe, inputs, rows, model, sampler, device=device)
-    sampler = filled_by(sampler, rows.store, collator.image_token) if collator.shares else sampler
-    drawing = _drawing(plan, attachment, output, shares=collator.shares)
-    teacher, distilling = taught_by(plan, model, output, world)
+    sampler, collator, held_collator, sharing = _batches(recipe, inputs, rows, model, layout=layout, world=world)
+    drawing = _drawing(resolved_run, attachment, output_layer, shares=collator.shares)
+    teacher, taught_answers = taught_by(resolved_run, model, output_layer, world)
     samples, prompt_notes = _samples(recipe.evaluation, inputs, rows)
-    notes = [*inputs.notes, *plan.notes, *rows.notes, *far_numbers(rows), *kernel_notes, *padding_notes, *loss_notes]
+    notes = [*inputs.notes, *resolved_run.notes, *rows.notes, *far_numbers(rows)]
+    notes += [*kernel_notes, *padding_notes, *loss_notes, *attachment.notes]
+    notes += [*seeing_notes(model, rows), *prompt_notes]
     return Setup(
         recipe=recipe,
-        choices=[*plan.choices, *sharing_choices],
-        notes=[*notes, *attachment.notes, *seeing_notes(model, rows), *prompt_notes],
+        choices=[*resolved_run.choices, *sharing],
+        notes=notes,
         located=inputs.located,
         model=model,
         max_tokens=inputs.size.max_tokens,
         num_parameters=num_parameters,
         renderer=inputs.renderer,
-        task=bind(resolved(recipe.task), rows.labels, recipe.loss, output, recipe=recipe, vocabulary=len(tokenizer)),
+        task=task,
         loss_scale=LossScale.of(resolved(recipe.precision)),
         kind=inputs.kind,
         head=inputs.head,
@@ -239,18 +244,18 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         device=device,
         samples=samples,
         new_head=new_head,
-        given=plan.given,
-        forecast=plan.forecast,
-        draw=drawing or distilling,
+        user_options=resolved_run.user_options,
+        forecast=resolved_run.forecast,
+        draw=drawing or taught_answers,
         drawing=drawing,
         teacher=teacher,
-        identity=_identity(recipe, rows, inputs.renderer, hashes.result(), drawing, teacher=teacher),
+        identity=run_identity(recipe, rows, inputs.renderer, hashes.result(), drawing=drawing, teacher=teacher),
         world=world,
     )
 
 
 def _use_fast_layers(model: PreTrainedModel, world: World, *, kernels: str, device: str) -> list[str]:
-    """Compute each known layer in one autograd node. Returns a note where a card lacks one kernel for it."""
+    """Compute each known layer in one autograd node. Returns a note if this card has no kernel that does so."""
     if kernels != "fast" or device == "mps" or world.is_sharded:
         return []
     return [Aside(note) for note in use_fast_layers(model)]
@@ -267,22 +272,30 @@ def _output_layer(model: PreTrainedModel) -> tuple[OutputLayer | None, list[str]
 
 
 def _resolve_together(
-    world: World, recipe: Recipe, root: Path, *, run: Run | None, offline: bool, on_progress: OnProgress, tries: int = 0
+    world: World,
+    recipe: Recipe,
+    root: Path,
+    *,
+    run: Run | None,
+    offline: bool,
+    on_progress: OnProgress,
+    earlier_tries: int = 0,
 ) -> ResolvedRun:
     """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others.
-    `tries`: the number of times that this was done before."""
+    `earlier_tries`: how often this was done before; it keeps the ranks' messages apart."""
     if not world.is_first:
-        decided = validate(world.wait_for(f"recipe {tries}"))
+        decided = validate(world.wait_for(f"recipe {earlier_tries}"))
         recipe = decided if run is None else run.place(decided)
     leader = world.rank - world.place.local_rank  # the first rank of this machine, which encodes its rows
+    rows_are_ready = f"rows of {leader}, {earlier_tries}"
     if world.rank != leader:
-        world.wait_for(f"rows of {leader}, {tries}", leader)
-    plan = _resolve(world, recipe, root, run=run, offline=offline, on_progress=on_progress)
+        world.wait_for(rows_are_ready, leader)
+    resolved_run = _resolve(world, recipe, root, run=run, offline=offline, on_progress=on_progress)
     if world.is_first:
-        world.publish(f"recipe {tries}", plan.recipe.model_dump(mode="json"))
+        world.publish(f"recipe {earlier_tries}", resolved_run.recipe.model_dump(mode="json"))
     if world.rank == leader:
-        world.publish(f"rows of {leader}, {tries}", True)
-    return plan
+        world.publish(rows_are_ready, True)
+    return resolved_run
 
 
 def _resolve(
@@ -291,16 +304,17 @@ def _resolve(
     """Resolve the run, and download the weights of the model if they are missing."""
     if recipe.repeatable:
         machine.use_repeatable_kernels()  # before the machine's speed is measured
-    plan = resolve_run(recipe, root=root, offline=offline, on_progress=on_progress, run=run, world=world)
-    if plan.inputs.located.has_weights:
-        return plan
+    resolved_run = resolve_run(recipe, root=root, offline=offline, on_progress=on_progress, run=run, world=world)
+    inputs = resolved_run.inputs
+    if inputs.located.has_weights:
+        return resolved_run
     on_progress("download", 0, 1)  # the run fits into memory, so its weights are worth fetching
-    resolve_base(plan.inputs.recipe.model_copy(update={"revision": plan.inputs.revision}))
+    resolve_base(inputs.recipe.model_copy(update={"revision": inputs.revision}))
     on_progress("download", 1, 1)
     return resolve_run(recipe, root=root, on_progress=on_progress, run=run, world=world)
 
 
-def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -> tuple[PreTrainedModel, int]:
+def _load(recipe: Recipe, inputs: Inputs, rows: Splits, world: World) -> tuple[PreTrainedModel, int]:
     """Load the model as the method needs its base. Returns it with its number of weights."""
     if recipe.shard is True:
         world.connect()
@@ -312,7 +326,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
         dtype=TORCH_DTYPES[resolved(recipe.precision)],
         device="cpu" if inputs.located.is_gguf or recipe.shard is True else device,
         head=inputs.head,
-        labels=labels,
+        labels=rows.labels,
         seed=recipe.seed,
         tokenizer=inputs.renderer.tokenizer,
         packing=METHODS[method.name].packing(method),
@@ -326,8 +340,10 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
         shard_layers(world, model, model.base_model, layers_to_split(model, recipe.model), device=device)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
-    if TASKS[resolved(recipe.task)].compares or TASKS[resolved(recipe.task)].samples:
+    task = TASKS[resolved(recipe.task)]
+    if task.compares or task.samples:
         disable_dropout(model)
+    _refuse_longer_tokenizer(model, inputs, rows)
     return model, num_parameters
 
 
@@ -342,8 +358,8 @@ def _refuse_longer_tokenizer(model: PreTrainedModel, inputs: Inputs, rows: Split
 
 
 def _samples(evaluation: EvaluationOptions, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
-    """Held-out prompts to answer on the way, which leave an answer its place in the model's context, and notes
-    on those that do not."""
+    """Held-out prompts to answer during the run, and notes. A prompt that leaves no room for an answer in the
+    model's context is left out, and a note says so."""
     if inputs.head != "next_token" or rows.is_prompts:
         return [], []
     examples = rows.sample_examples(resolved(evaluation.samples))
@@ -368,15 +384,19 @@ def _layout(model: PreTrainedModel, rows: Splits, inputs: Inputs, *, plain: bool
     if agreement.ok:
         attention.use_packed_attention(model, plain=plain)
         kernels = ", ".join(agreement.kernels)
-        notes = [Aside(f"attention: {kernels}, which a probe here found right")] if kernels else []
-        return layout, [*notes, *([Aside(PACKED)] if rows.has_images else [])]
+        notes: list[str] = [Aside(f"attention: {kernels}, which a probe here found right")] if kernels else []
+        if rows.has_images:
+            notes.append(Aside(PACKED_NOTE))
+        return layout, notes
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
     return slower_layouts[0], [Aside(note)]
 
 
-def _drawing(plan: ResolvedRun, attachment: Attachment, output: OutputLayer | None, *, shares: bool) -> Drawing | None:
+def _drawing(
+    resolved_run: ResolvedRun, attachment: Attachment, output_layer: OutputLayer | None, *, shares: bool
+) -> Drawing | None:
     """The drawing of answers, with their grader. Raises InputError for a grader that cannot be loaded."""
-    recipe, inputs, rows = plan.recipe, plan.inputs, plan.rows
+    recipe, inputs, rows = resolved_run.recipe, resolved_run.inputs, resolved_run.rows
     if not rows.is_prompts:
         return None
     if recipe.reinforce.kl and not attachment.keeps_base:
@@ -388,8 +408,9 @@ def _drawing(plan: ResolvedRun, attachment: Attachment, output: OutputLayer | No
     if rows.held_store is rows.store:  # one store has both sides
         prompts = {rows.store: rows.prompts(rows.store, np.concatenate([rows.train_rows, rows.held_rows]))}
     grades, device = KeptGrades(), resolved(recipe.device)
-    pool = pool_of(recipe.grader_at, grades, root=plan.root, offline=plan.offline, device=device)
-    return Drawing(recipe, inputs.renderer, output, shares, prompts, pool, grades)
+    root, offline = resolved_run.root, resolved_run.offline
+    pool = pool_of(recipe.grader_at, grades, root=root, offline=offline, device=device)
+    return Drawing(recipe, inputs.renderer, output_layer, shares, prompts, pool, grades)
 
 
 def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes: Sequence[str], name: str) -> None:
@@ -400,31 +421,6 @@ def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes:
         why = f": {notes[0]}" if notes else ""
         raise ModelError(f"{name}: task reinforce learns packed rows, which this model does not run{why}. Use another.")
     refuse_undrawable(name, model)
-
-
-def _identity(
-    recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], drawing: Drawing | None, *,
-    teacher: AnyTeacher | None,
-) -> dict[str, str]:  # fmt: skip
-    """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
-    the recipe for other tasks are left out."""
-    section = TASKS[resolved(recipe.task)].section
-    others = {task.section.name for task in TASKS.values() if task.section and task.section is not section}
-    options = flat(recipe.model_dump(exclude={"track", *others}))
-    settings = {f"setting {key}": str(value) for key, value in options.items()}
-    model = {f"model {name}": digest for name, digest in model_hashes.items()}
-    file_hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
-    data = {f"data {path}": digest for path, digest in file_hashes.items()}
-    encoded = {
-        "tokenizer and template": renderer.fingerprint,
-        "rows": rows.store.key,
-        "held-out rows": rows.held_store.key,
-        "setting order of rows": f"version {sampler.ORDER_VERSION}",
-        **({} if drawing is None else {"grader": drawing.pool.identity}),
-        **({} if not rows.has_images else {"images": f"{rows.store.summary.images} {rows.held_store.summary.images}"}),
-        **({} if teacher is None else {"teacher": teacher.digest}),
-    }
-    return {**settings, **model, **data, **encoded}
 
 
 def refuse_small_disk(setup: Setup, folder: Path) -> None:
@@ -441,16 +437,18 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     )
     is_adapter = METHODS[setup.recipe.method.name].is_adapter
     result = trained_bytes if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
-    num_results = 1 + num_snapshots + bool(num_snapshots)  # the last one: a snapshot at a stop
-    written = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    needed = checkpoints + result * num_results - min(checkpoints, written)
+    num_results = 1 + num_snapshots + bool(num_snapshots)  # with snapshots, one more may be made at a stop
+    old_files = [path for path in (folder / "checkpoints").rglob("*") if path.is_file()]
+    old_checkpoints = sum(path.stat().st_size for path in old_files)
+    needed = checkpoints + result * num_results - min(checkpoints, old_checkpoints)
     if (free := free_bytes(folder)) == sys.maxsize:
         setup.notes.append(f"{folder}: free space unknown")
     if needed <= free:
         return
+    kept = f", of which it has {size(old_checkpoints)}," if old_checkpoints else ""
     raise DoesNotFitError(
         f"{folder}: the disk has {size(free)} free, but this run needs {size(needed)} more: "
-        f"{size(checkpoints)} for checkpoints{f', of which it has {size(written)},' if written else ''} and "
+        f"{size(checkpoints)} for checkpoints{kept} and "
         f"{size(result)} for the result. Free some space, choose a folder on a larger disk with --runs, or "
         "keep fewer checkpoints with checkpoint.keep.",
         needed=needed,
@@ -458,17 +456,23 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     )
 
 
-def collators(
-    recipe: Recipe, inputs: Inputs, rows: Splits, model: PreTrainedModel, sampler: StepSampler, *, device: str
-) -> tuple[Collator, Collator, list[Choice]]:
-    """Make the collators of training rows and of held-out rows; returns what was decided for them too.
+def _batches(
+    recipe: Recipe, inputs: Inputs, rows: Splits, model: PreTrainedModel, *, layout: Layout, world: World
+) -> tuple[StepSampler, Collator, Collator, list[Choice]]:
+    """Make the sampler of steps, and the collators of training rows and of held-out rows. Returns them, and
+    what was decided for them.
 
     Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is
     computed whole, as in a later evaluation of the result.
     """
-    tokenizer, layout = inputs.renderer.tokenizer, sampler.layout
+    tokenizer, device = inputs.renderer.tokenizer, world.card or resolved(recipe.device)
     is_masked = inputs.head == "masked_token"
-    choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
+    sampler = sampler_of(recipe.train, rows, layout, device, seed=recipe.seed)
+    sampler = replace(sampler, part=world.part, equal_passes=world.is_sharded)
+    sharing = decide_sharing(recipe, inputs, rows.store, model, sampler)
+    shares = sharing is not None and bool(sharing.value)
+    if shares:
+        sampler = with_shared_prefixes(sampler, rows.store, image_token_of(inputs, rows.store))
 
     def collator(store: RowStore, seed: int, *, shares: bool) -> Collator:
         return Collator(
@@ -486,6 +490,5 @@ def collators(
             pads=pads_to_multiple(layout, device=torch.device(device).type, precision=resolved(recipe.precision)),
         )
 
-    shares = choice is not None and bool(choice.value)
-    choices = [] if choice is None else [choice]
-    return collator(rows.store, recipe.seed, shares=shares), collator(rows.held_store, 0, shares=False), choices
+    trained, held_out = collator(rows.store, recipe.seed, shares=shares), collator(rows.held_store, 0, shares=False)
+    return sampler, trained, held_out, [] if sharing is None else [sharing]

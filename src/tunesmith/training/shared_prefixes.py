@@ -48,7 +48,7 @@ class CommonPrefixes:
 
 def shared_prefixes(sampler: StepSampler, store: RowStore, image_token: int | None) -> CommonPrefixes:
     """Tokens shared by rows of the first steps, whoever computes them: a function of the sampler alone."""
-    sampler = filled_by(replace(sampler, part=(0, 1)), store, image_token)
+    sampler = with_shared_prefixes(replace(sampler, part=(0, 1)), store, image_token)
     tokens, computed = 0, 0
     probe: tuple[Row, ...] = ()
     for step in range(1, min(PROBE_STEPS, sampler.steps_per_epoch) + 1):
@@ -85,8 +85,8 @@ def decide_sharing(
         or has_token_types(model, inputs.renderer.tokenizer)
     ):
         return None
-    samples, image_token = TASKS[resolved(recipe.task)].samples, image_token_of(inputs, store)
-    if samples:
+    task, image_token = TASKS[resolved(recipe.task)], image_token_of(inputs, store)
+    if task.samples:
         shared = _of_answers(sampler, store, recipe.reinforce.samples)
     else:
         shared = shared_prefixes(sampler, store, image_token)
@@ -95,12 +95,12 @@ def decide_sharing(
             KEY, False, f"beginnings that rows of a step share are only {percent(shared.saved, 0)} of their tokens"
         )
     what = f"rows of a step share their beginnings, {percent(shared.saved, 0)} of their tokens"
-    if samples:
+    if task.samples:
         what = "answers to a prompt share its tokens, which"
     problem = ""
     if recipe.kernels == "plain":
         problem = "kernels: plain leaves them"
-    elif not TASKS[resolved(recipe.task)].compares and not samples and (random := random_option(model, recipe.method)):
+    elif not task.compares and not task.samples and (random := random_option(model, recipe.method)):
         problem = f"{random} draws anew for each row"
     elif store.images is not None and hasattr(model.base_model, "get_rope_index"):
         problem = "this model counts positions by the images of whole rows"
@@ -122,8 +122,9 @@ def image_token_of(inputs: Inputs, store: RowStore) -> int | None:
     return None if store.images is None or placeholders is None else placeholders.token_id
 
 
-def filled_by(sampler: StepSampler, store: RowStore, image_token: int | None) -> StepSampler:
-    """The steps again, in micro-batches filled by what is computed where prefixes are shared."""
+def with_shared_prefixes(sampler: StepSampler, store: RowStore, image_token: int | None) -> StepSampler:
+    """The sampler of the same steps, whose micro-batches are filled by the tokens that are computed when shared
+    prefixes are computed once."""
     return replace(sampler, keys_of=lambda index: prefix_keys(store.row(index), image_token))
 
 

@@ -128,7 +128,7 @@ def _rank_result(
 
 def _batches(state: TrainState, passes: list[MicroBatch], step: int, lines: LinesOf) -> Iterator[Batch]:
     for rows, copies in zip(passes, copies_in(passes), strict=True):
-        yield state.collator.batch(rows, draw=step, copies=copies, lines=lines)
+        yield state.collator.batch(rows, step=step, copies=copies, lines=lines)
 
 
 def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> LossSum:

@@ -17,6 +17,7 @@ from tunesmith.data.check import spans_of
 from tunesmith.data.in_memory import IN_MEMORY
 from tunesmith.data.labels import count_classes
 from tunesmith.data.splits import mix
+from tunesmith.environment.version import __version__
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
@@ -26,7 +27,6 @@ from tunesmith.tasks import TASKS
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
 from tunesmith.types import Aside, Choice, JsonObject
-from tunesmith.version import __version__
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -77,7 +77,7 @@ def plan_values(setup: Setup) -> JsonObject:
     sampler = setup.sampler
     return {
         **_in_short(setup, setup.located.name),
-        "given": setup.given,
+        "given": setup.user_options,
         "choices": _choices(setup.choices),
         "unusual": unusual(setup.choices),
         "rows": row_counts(setup),
@@ -114,7 +114,7 @@ def resolved_values(found: ResolvedRun) -> JsonObject:
     )
     return {
         **_in_short(found, found.inputs.located.name),
-        "given": found.given,
+        "given": found.user_options,
         "choices": _choices(found.choices),
         "rows": {
             "train": len(rows.train_rows),

@@ -30,6 +30,7 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss
     held = {name: float(values["loss"]) for name, values in measured.items()}
     before, after = held.get("before"), held.get("after")
     same_measure = not TASKS[task].samples  # the loss of drawn answers is no measure of how good they are
+    learns_rows = same_measure and not any("answer_tokens" in event.values for event in events if event.kind == "step")
     if same_measure and before is not None and after is not None and after >= before:
         losses = f"{before:.4f} before, {after:.4f} after"
         measures = [measured[name].get("measures", {}) for name in ("before", "after")]
@@ -41,7 +42,7 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss
         return
     of_step = {event.step: float(event.values["loss"]) for event in events if event.kind == "step"}
     tail = [of_step[step] for step in sorted(of_step)][-max(FEWEST, len(of_step) // 4) :]
-    if same_measure and after is not None and len(tail) >= FEWEST:
+    if learns_rows and after is not None and len(tail) >= FEWEST:  # else the loss is of answers that were drawn
         yield from _apart(sum(tail) / len(tail), after, is_plain=loss == PLAIN_LOSS)
     yield from _endless(
         [event.values for event in events if event.kind == "sample" and event.values["name"] == "after"]

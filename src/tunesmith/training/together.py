@@ -20,6 +20,7 @@ from tunesmith.models import machine
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.own_card import card_of, take_card
 from tunesmith.parallel.world import Place, World, group, place_of
+from tunesmith.phrases import changes
 from tunesmith.planning import devices
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
@@ -63,12 +64,7 @@ def refuse_other_inputs(setup: Setup) -> None:
     world.connect()
     identity = {**setup.identity, "layout": setup.sampler.layout, "shared prefixes": str(setup.collator.shares)}
     first = world.gather_values(identity)[0]
-    changed = [
-        f"{key} is {identity.get(key, 'absent')}, on rank 0 {first.get(key, 'absent')}"
-        for key in sorted({*first, *identity})
-        if first.get(key) != identity.get(key)
-    ]
-    if changed:
+    if changed := changes(first, identity, "{0} is {2}, on rank 0 {1}"):
         raise RunError(
             f"this rank does not train what rank 0 trains: {'; '.join(changed)}. Give all machines the same files."
         )

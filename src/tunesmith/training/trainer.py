@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tunesmith.environment import in_force
+from tunesmith.environment.settings import in_force
 from tunesmith.errors import (
     CheckpointError,
     DeviceError,
@@ -130,8 +130,8 @@ def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, liste
 
 
 def _found_again(world: World, recipe_sha: str, out: Path | None) -> Run | None:
-    """The run that a group which somebody else's agent started, perhaps again, goes
-    on with; None: it begins one."""
+    """The run to continue, if another program started this group of processes again; None: the group begins a
+    new run."""
     if not world.place.was_started:
         return None
     if out is None:
@@ -252,14 +252,13 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
 
 
 def _fit_memory(setup: Setup, progress: Progress) -> None:
-    """Smaller micro-batches where memory ran out before."""
+    """Set the smaller micro-batches of a run whose memory ran out before."""
     if progress.tokens_per_pass is not None:
         setup.sampler = replace(setup.sampler, tokens_per_pass=progress.tokens_per_pass)
 
 
 def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
-    """Do everything that follows once model and rows are ready; the reason it ends
-    is the last event in its log.
+    """Train a run whose model and rows are ready. The last event of its log says why it ended.
 
     `planned`: the earlier plan of a run that starts over because it was killed before its first checkpoint.
     """
@@ -267,6 +266,7 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
     setup.world.wants_stop = lambda: session.listener.should_stop() or run.stop_asked()
     if setup.drawing is not None:
         setup.drawing.tick = session.listener.on_progress
+        setup.drawing.notes.say = lambda text: session.emit("note", {"text": text})
         for text in setup.drawing.keep_in(run.path) if setup.world.is_first else ():
             session.emit("note", {"text": text})
     try:
@@ -301,8 +301,8 @@ def _card_lost(session: Session, error: Exception) -> DeviceError:
 
 
 def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
-    """Measure, save, take the steps, measure again, and write the result; other
-    ranks than the first only take part."""
+    """Measure, save, take the steps, measure again, and write the result. Ranks other than the first only take
+    part."""
     setup, run = session.setup, session.run
     if fresh:
         session.emit("start", start_values(setup), {"environment": in_force(os.environ)})

@@ -49,6 +49,18 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "rank": ("ranked_documents",),
 }
 """Shapes that a task learns from."""
+TwoTexts = tuple[tuple[str, str], str]
+"""Fields of two texts of a row, and what is learnt from them, in words."""
+ANSWERED: TwoTexts = ("prompt", "completion"), "to answer `{0}` with `{1}`"
+WRITTEN: TwoTexts = ("prompt", "completion"), "to write `{1}` from `{0}`"
+PAIR_TASKS: dict[TaskName, TwoTexts] = {
+    "chat": ANSWERED,
+    "distil": ANSWERED,
+    "generate": WRITTEN,
+    "summarize": (("document", "summary"), "to sum up `{0}` as `{1}`"),
+    "embed": (("anchor", "positive"), "that `{1}` belongs to `{0}`"),
+}
+"""Tasks that learn from two texts of a row."""
 
 
 def task_of_rows(shape: Shape) -> TaskName:
@@ -57,10 +69,17 @@ def task_of_rows(shape: Shape) -> TaskName:
     return next(task for task, shapes in SHAPES.items() if shape in shapes)
 
 
+def learns_chats(task: TaskName | None) -> bool:
+    """Whether a task learns from conversations and from answers to prompts; None: it may turn out to."""
+    return task is None or SHAPES[task] == CHATS
+
+
 def matches(shape: Shape, record: Record) -> bool:
     """Whether a row has the fields of a shape."""
     row_format = FORMATS[shape]
-    return row_format.matches(record) if row_format.matches else all(field in record for field in row_format.required)
+    if row_format.matches:
+        return row_format.matches(record)
+    return all(field in record for field in row_format.required)
 
 
 def find_shape(record: Record, *, task: TaskName | None = None, answered: bool = True) -> Shape | None:

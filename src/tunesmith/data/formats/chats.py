@@ -64,7 +64,7 @@ def parse_chat(
 
 
 def as_messages(turns: object, check: RowProblems, place: str = "conversations") -> list[JsonObject]:
-    """ShareGPT's turns with the names of messages."""
+    """ShareGPT's turns in the form of messages."""
     if isinstance(turns, list):
         return [_message(turn, check, f"{place}[{i}]") for i, turn in enumerate(turns)]
     if turns is None:

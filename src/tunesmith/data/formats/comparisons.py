@@ -34,7 +34,8 @@ def _parse_preference(record: JsonObject, source: Source, *, answered: bool = Tr
     Not `answered`: the prompt alone.
     """
     check, openai_input = RowProblems(source), record.get("input")
-    tools = tools_of(openai_input if "tools" not in record and isinstance(openai_input, dict) else record, check)
+    has_own_tools = "tools" in record or not isinstance(openai_input, dict)
+    tools = tools_of(record if has_own_tools else openai_input, check)
     if not answered:
         return prompt_alone(record.get("prompt"), tools, check, "preference")
     margin = record.get("margin")
@@ -106,7 +107,7 @@ def _answer(record: JsonObject, key: str, check: RowProblems) -> list[Part]:
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Number of items that both begin with."""
+    """The number of items with which both begin."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -140,7 +141,7 @@ def _check(prompt: Sequence[Part], branches: Sequence[Sequence[Part]], check: Ro
 
 
 def differ_in_space_alone(example: Example) -> bool:
-    """Whether the sides of a preference are the same but for white space."""
+    """Whether both sides of a preference are the same except for white space."""
 
     a, b = ([(part.role, "".join(part.text.split()), part.fields) for part in branch] for branch in example.branches)
     return a == b

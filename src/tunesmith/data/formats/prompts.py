@@ -13,22 +13,33 @@ from tunesmith.data.formats.turns import check_order, parts_of, tools_of, withou
 from tunesmith.data.problems import RowProblems, names
 from tunesmith.types import Example, JsonObject, Part, Problem, Record, Source
 
+PROMPT_NAMES = ("question", "query", "problem", "instruction", "input")
+"""Usual names of the prompt; where a row has two of them, nobody knows which the model answers."""
+
+
+def prompt_field(record: Record) -> str | None:
+    """The field with the prompt: prompt, messages, or the only one that a row has of the usual other names."""
+    named = [name for name in ("prompt", "messages") if record.get(name) is not None]
+    other = [name for name in PROMPT_NAMES if record.get(name) is not None]
+    return named[0] if named else other[0] if len(other) == 1 else None
+
 
 def prompt_in(record: Record, row: RowProblems) -> tuple[list[Part], Sequence[Part], tuple[Record, ...]]:
     """The turns that a model answers, the answer that follows them, if any, and the tools."""
-    place = "prompt" if record.get("prompt") is not None else "messages"
-    content = record.get(place)
-    if content is None:
+    place = prompt_field(record)
+    if place is None:
         fix = 'Rename its field to prompt, or write {"messages": [...]}, whose last message the model answers.'
-        row.add("missing_field", f"it has neither prompt nor messages; there are {names(record)}.", fix)
+        there = f"there are {names(record)}" if record else "the row is empty"
+        row.add("missing_field", f"it has neither prompt nor messages; {there}.", fix)
         return [], (), ()
+    content = record[place]
     turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
     parts = parts_of(turns, row, place=place, trained=False)
     tools = tools_of(record, row)
     prompt = without_answer(parts, row)
     check_order(prompt, row, place=place, answered=False)
     if isinstance(content, str) and not content.strip():
-        row.add("empty_prompt", "prompt is empty.", "Write it, or remove the row.")
+        row.add("empty_prompt", f"{place} is empty.", "Write it, or remove the row.")
     return prompt, parts[len(prompt) :], tools
 
 

@@ -235,7 +235,7 @@ def check_order(parts: Sequence[Part], check: RowProblems, *, place: str = "mess
 
 
 def without_answer(parts: Sequence[Part], check: RowProblems) -> list[Part]:
-    """The turns before the last answer, from which it is predicted."""
+    """The turns before the last answer, from which a model predicts this answer."""
     end = len(parts)
     while end and parts[end - 1].role == "assistant":
         end -= 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tunesmith.evaluation.compare import never_right
 from tunesmith.phrases import command
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.schema import Optim, Train, resolved
 from tunesmith.types import Record
 
 MOST_TRIED = 3
@@ -36,13 +36,16 @@ def next_command(run: Path, advice: Record) -> str:
     return command("train", "--recipe", run / "recipe.yaml", *words)
 
 
-def try_next(report: Record, recipe: Recipe, course: Course) -> list[Advice]:
-    """At most `MOST_TRIED` changes, the one that mends most first; none if nothing measured calls for one."""
+def try_next(report: Record, course: Course, *, optim: Optim, train: Train, has_eval: bool) -> list[Advice]:
+    """At most `MOST_TRIED` changes, the one that mends most first; none if nothing measured calls for one.
+
+    `optim`, `train`: these sections of the run's recipe. `has_eval`: whether it has a file of held-out rows.
+    """
     if report["metrics"]["after"] is None:
         why = "Nothing was measured: hold out a tenth of the rows."
-        return [] if recipe.data.eval else [Advice(why, ("data.held_out=0.1",))]
+        return [] if has_eval else [Advice(why, ("data.held_out=0.1",))]
     advices: list[Advice] = []
-    rate = resolved(recipe.optim.lr) if recipe.optim.lr != "auto" else 0.0
+    rate = resolved(optim.lr) if optim.lr != "auto" else 0.0
     losses = [values["loss"] for _, values in sorted(course, key=lambda pair: pair[0])]
     if rate and report.get("new_head") and len(losses) > 1 and min(losses[1:]) > WORSE_THAN_RANDOM * losses[0]:
         why = "Worse than its new head was at random: take smaller steps."
@@ -56,8 +59,8 @@ def try_next(report: Record, recipe: Recipe, course: Course) -> list[Advice]:
     elif rate and report.get("general") and report["general"]["past_bound"]:
         why = "General ability was lost: a lower rate keeps more of it."
         advices.append(Advice(why, (f"optim.lr={rate / 3:.3g}",)))
-    epochs = recipe.train.epochs
-    is_whole = epochs != "auto" and not recipe.train.max_steps and report["kept"].get("step") in (None, report["steps"])
+    epochs = train.epochs
+    is_whole = epochs != "auto" and not train.max_steps and report["kept"].get("step") in (None, report["steps"])
     if is_whole and len(losses) > 2 and min(losses[:-1]) - losses[-1] > STILL_FALLING * losses[-1]:
         why = "The held-out loss was still falling at the end: train longer."
         advices.append(Advice(why, (f"train.epochs={2 * float(epochs):g}",)))

@@ -16,10 +16,14 @@ from tunesmith.types import REWARD_KEY, Record
 
 
 def reward_plots(series: RunSeries, report: Record) -> list[Plot]:
-    """Rewards over the steps, and their histograms before and after."""
+    """Rewards over the steps, their histograms before and after, and rewards by length."""
     plots = [_course(series)] if series.drawn else []
-    sides = {name: report["details"][name].get("rewards") for name in ("before", "after")}
-    return [*plots, _histogram(sides)] if all(sides.values()) else plots
+    details = {name: report["details"][name] for name in ("before", "after")}
+    if all(of_side.get("rewards") for of_side in details.values()):
+        plots.append(_histogram({name: of_side["rewards"] for name, of_side in details.items()}))
+    if all(of_side.get("lengths") for of_side in details.values()):
+        plots.append(_by_length({name: of_side["lengths"] for name, of_side in details.items()}))
+    return plots
 
 
 def _course(series: RunSeries) -> Plot:
@@ -56,6 +60,17 @@ def _histogram(sides: Record) -> Plot:
     return draw("rewards", "Rewards before and after", "Of answers to held-out prompts.", paint)
 
 
+def _by_length(sides: Record) -> Plot:
+    def paint(axes: Any) -> None:
+        for (name, points), color in zip(sides.items(), (MUTED, ACCENT), strict=True):
+            tokens_rewards = np.array(points, np.float64)
+            axes.scatter(tokens_rewards[:, 0], tokens_rewards[:, 1], s=9, color=color, alpha=0.5, label=name)
+        axes.set(xlabel="tokens of an answer", ylabel="reward of an answer")
+        axes.legend()
+
+    return draw("lengths", "Reward by length", "Of answers to held-out prompts, before and after.", paint)
+
+
 def reward_sentences(series: RunSeries) -> Iterator[str]:
     """Sentences on the answers of the first and of the last quarter of the steps,
     and on where their time went."""
@@ -70,11 +85,11 @@ def reward_sentences(series: RunSeries) -> Iterator[str]:
 
     of = {key: (mean(first, key), mean(last, key)) for key in ("spread", "ended", "answer_tokens", "surprise")}
     yield (
-        f"From the first {plural(num, 'step')} to the last {num}: prompts whose answers differ in reward "
-        f"{percent(of['spread'][0], 0)} to {percent(of['spread'][1], 0)}; answers that end by themselves "
-        f"{percent(of['ended'][0], 0)} to {percent(of['ended'][1], 0)}; tokens of an answer "
-        f"{of['answer_tokens'][0]:.1f} to {of['answer_tokens'][1]:.1f}; nats of surprise a token "
-        f"{of['surprise'][0]:.2f} to {of['surprise'][1]:.2f}."
+        f"First {plural(num, 'step')} → last {num}: prompts whose answers differ in reward "
+        f"{percent(of['spread'][0], 0)} → {percent(of['spread'][1], 0)}; answers that end by themselves "
+        f"{percent(of['ended'][0], 0)} → {percent(of['ended'][1], 0)}; tokens of an answer "
+        f"{of['answer_tokens'][0]:.1f} → {of['answer_tokens'][1]:.1f}; nats of surprise a token "
+        f"{of['surprise'][0]:.2f} → {of['surprise'][1]:.2f}."
     )
     drawn, graded = (sum(values["seconds"][key] for values in steps) for key in ("draw", "grade"))
     learnt = max(0.0, sum(step.seconds for step in series.steps.values()) - drawn - graded)
@@ -82,6 +97,6 @@ def reward_sentences(series: RunSeries) -> Iterator[str]:
     away = max(values.get("largest_mismatch", 0.0) for values in steps)
     yield (
         f"Drawing took {duration(drawn)}, grading {duration(graded)} more, learning {duration(learnt)}; "
-        f"{plural(failed, 'answer')} had no reward. What drew a token and what learnt it differ by at most "
-        f"{away:.2g} nats."
+        f"{plural(failed, 'answer')} had no reward. The log-probability with which a token was drawn and the one "
+        f"with which it is learnt differ by at most {away:.2g} nats."
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tunesmith.environment.version import __version__
 from tunesmith.evaluation.compare import Comparison, Difference
 from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
 from tunesmith.evaluation.report import values
@@ -21,7 +22,6 @@ from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, one_line, option, percent, plural, size
 from tunesmith.runs.folder import Run
 from tunesmith.types import Record
-from tunesmith.version import __version__
 
 MOST_MATRIX = 12
 """Most classes whose confusion matrix is shown; of more, the pairs that are confused most."""
@@ -160,7 +160,9 @@ def _rewards(series: RunSeries, report: Record) -> Iterator[Block | Table]:
 
 def _training(series: RunSeries, report: Record) -> Iterator[Block | Table]:
     best, step, tokens, seconds = report["best"], values.selected_step(report), report["tokens"], report["seconds"]
-    aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
+    aside = ""
+    if best and best["step"] != step:
+        aside = f" The best evaluation on the way was at step {best['step']:,}."
     reason = report["kept"].get("reason", "the last step")
     yield Block("paragraph", f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}")
     if not series.drawn:  # whose loss is no measure of anything
@@ -244,7 +246,8 @@ def _answers(report: Record) -> Iterator[Block | Table]:
         marks = {when: values.mark(sample[when], sample["reference"]) for when in times}
         cells = [Cell(sample[key]) for key in ("source", "prompt", "reference")]
         cells[1] = Cell(sample["prompt"], images=sample.get("images", ()))
-        rows.append([*cells, *(Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after"))])
+        cells += [Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after")]
+        rows.append(cells)
     yield Table(columns, rows, "rows answered stack", shown=MOST_ROWS_LISTED)
 
 
@@ -319,7 +322,9 @@ def _sources(report: Record) -> Iterator[Block | Table]:
     rows = []
     for path in paths:
         source, held = mix.get(path), sides[1].get(path)
-        trained = [f"{source['rows']:,}", f"{source['times']:.3g} ×", percent(source["share"])] if source else [""] * 3
+        trained = [""] * 3
+        if source:
+            trained = [f"{source['rows']:,}", f"{source['times']:.3g} ×", percent(source["share"])]
         losses = [_loss(side[path]["loss"]) if path in side else Cell("") for side in sides]
         rows.append([Cell(path), *map(Cell, trained), Cell(f"{held['rows']:,}" if held else ""), *losses])
     yield Table([Column("source", "source"), *(Column(title, "number") for title in titles)], rows, "stack")

@@ -71,8 +71,9 @@ def build(run: Run, series: RunSeries, facts: Record, progress: Record) -> JsonO
         "surprising": _optional(run, "evaluation/surprising.json", {"looked_at": 0, "rows": []}),
         "general": _general_ability(series),
     }
-    judged = _judged(run, report)
-    return {**judged, "try_next": [asdict(advice) for advice in try_next(judged, run.recipe(), course)]}
+    judged, recipe = _judged(run, report), run.recipe()
+    advices = try_next(judged, course, optim=recipe.optim, train=recipe.train, has_eval=bool(recipe.data.eval))
+    return {**judged, "try_next": [asdict(advice) for advice in advices]}
 
 
 def _optional(run: Run, name: str, absent: Any) -> Any:
@@ -344,7 +345,8 @@ def headline(report: Record) -> Iterator[str]:
         yield f"{where}{info.label} is {now}."
     if baseline is not None:
         sentence = baseline_sentence(after["measures"], baseline)
-        yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
+        is_judged = before is None and baseline["key"] == key
+        yield f"{where}{sentence}." if is_judged else f"{capitalized(sentence)}."
     if report.get("chosen_from", 0) > 1:
         num = report["chosen_from"]
         yield f"These very rows chose the step, as the best of {num}, which flatters it a little."
