@@ -18,6 +18,7 @@ from tunesmith.runs.folder import Run, runs
 from tunesmith.training import resolve as forecasting
 from tunesmith.training import setup as preparing
 from tunesmith.training.trainer import Listener, resume, train
+from tunesmith.types import Event
 
 
 @pytest.fixture(scope="module", params=often(["lora", "full"], "lora"))
@@ -205,8 +206,10 @@ def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
     assert finished >= 1
 
 
-def test_a_run_killed_before_its_first_checkpoint_keeps_what_its_plan_said(tmp_path, monkeypatch):
-    """What was predicted and chosen at the first start is neither made nor found again when it is resumed."""
+@pytest.mark.parametrize("kind", ["start", "evaluation"])
+def test_a_run_killed_before_its_first_checkpoint_keeps_what_its_plan_said(tmp_path, monkeypatch, kind):
+    """What was predicted and chosen at the first start is neither made nor found again when it is resumed, also where
+    it was not logged yet."""
 
     def cannot(*arguments, **options):
         raise ModelError("no shapes")
@@ -215,17 +218,21 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_what_its_plan_said(tmp_p
         pass
 
     def on_event(event) -> None:
-        if event.kind == "evaluation":
+        if event.kind == kind:
             raise Killed
 
+    def plans(run: Run) -> list[Event]:
+        return [event for event in run.events() if event.kind == "plan"]
+
     monkeypatch.setattr(forecasting, "fit", cannot)
+    recipe = tiny_recipe(tmp_path, train={"max_steps": 1})
+    [first] = plans(train(recipe, root=tmp_path / "straight"))
     with pytest.raises(Killed):
-        train(tiny_recipe(tmp_path), root=tmp_path / "runs", listener=Listener(on_event=on_event))
+        train(recipe, root=tmp_path / "runs", listener=Listener(on_event=on_event))
     [run] = runs(tmp_path / "runs")
     assert checkpoint.newest(run.checkpoints_path, lambda path, why: None) is None
-    first = next(event for event in run.events() if event.kind == "plan")
+    assert len(plans(run)) == (kind == "evaluation")
     [said] = [text for text in first.values["warnings"] if text.startswith("memory and time could not be forecast")]
     resume(run)
-    again = next(event for event in run.events() if event.kind == "plan")
-    assert again.values == first.values
+    assert plans(run)[0].values == first.values
     assert said in run.read_json("report.json")["notes"]

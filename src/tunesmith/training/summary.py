@@ -22,13 +22,15 @@ from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.runs.folder import model_shown
+from tunesmith.runs.folder import Run, model_shown
 from tunesmith.tasks import TASKS
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
-from tunesmith.types import Aside, Choice, JsonObject
+from tunesmith.types import Aside, Choice, Event, JsonObject
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+PLAN = "plan"
+"""Key of run.json: values and timing of the first "plan" event."""
 
 
 def run_name(setup: Setup) -> str:
@@ -220,3 +222,23 @@ def plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def first_plan(run: Run) -> Event | None:
+    """What the run was planned to be at its first start; None: a run of a version that logged it alone, and was
+    killed before."""
+    logged = next((event for event in run.events() if event.kind == "plan"), None)
+    kept = run.read_json("run.json").get(PLAN)
+    return logged or (Event("plan", 0, run.created, **kept) if kept else None)
+
+
+def plan_of(setup: Setup, planned: Event | None) -> tuple[JsonObject, JsonObject]:
+    """Values and timing of the "plan" event. A run that starts over repeats the choices and predictions of its
+    first start, because its recipe is resolved by now."""
+    values, timing = plan_values(setup), plan_timing(setup)
+    if planned is None:
+        return values, timing
+    warnings = list(dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]]))
+    asides = list(dict.fromkeys([*planned.values.get("asides", ()), *values["asides"]]))
+    kept = {key: planned.values[key] for key in ("given", "choices", "unusual") if key in planned.values}
+    return {**values, **kept, "warnings": warnings, "asides": asides}, {**planned.timing, **timing}

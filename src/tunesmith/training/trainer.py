@@ -59,7 +59,16 @@ from tunesmith.training.same_run import (
 )
 from tunesmith.training.setup import Setup, prepare, refuse_small_disk
 from tunesmith.training.step import rehearse
-from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
+from tunesmith.training.summary import (
+    PLAN,
+    first_plan,
+    plan_of,
+    plan_timing,
+    plan_values,
+    report_facts,
+    run_name,
+    start_values,
+)
 from tunesmith.training.symptoms import symptoms
 from tunesmith.training.teacher import use_teacher
 from tunesmith.training.together import (
@@ -73,7 +82,7 @@ from tunesmith.training.together import (
     share_start,
     unfinished,
 )
-from tunesmith.types import Event, JsonObject
+from tunesmith.types import Event
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -117,7 +126,8 @@ def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, liste
             return _follow(setup, listener)
         refuse_small_disk(setup, out or root)
         yaml = as_yaml(setup.recipe, comments=False)
-        more = {DIGEST: recipe_sha}
+        # The plan comes with the folder: a kill before it is logged must not lose what was predicted.
+        more = {DIGEST: recipe_sha, PLAN: {"values": plan_values(setup), "timing": plan_timing(setup)}}
         run = Run.create(root, run_name(setup), yaml, out=out, recipe=setup.recipe, more=more)
         listener.on_run(run)
         with run.lock():
@@ -219,7 +229,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
         set_before, unnamed = refuse_other_run(run, setup, then, settings)
         refuse_other_inputs(setup)
         refuse_small_disk(setup, run.path)
-        planned = next((event for event in run.events() if event.kind == "plan"), None)
+        planned = first_plan(run)
         events.truncate_after(run.events_path, newest.step if newest else -1)
         seconds = time.perf_counter() - started
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
@@ -306,7 +316,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     setup, run = session.setup, session.run
     if fresh:
         session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
-        session.emit("plan", *_plan(setup, planned))
+        session.emit("plan", *plan_of(setup, planned))
         if planned is None and setup.rows.found_again:
             session.emit("note", {"text": setup.rows.found_again, "aside": True})
         use_reference(session)
@@ -354,18 +364,6 @@ def _have_rows_read(session: Session) -> None:
     except TeacherError as error:
         way = f"What it has said is kept. Mend what it needs and go on: {command('resume', run.path)}."
         raise TeacherError(f"{error} {way}") from error
-
-
-def _plan(setup: Setup, planned: Event | None) -> tuple[JsonObject, JsonObject]:
-    """Values and timing of the "plan" event. A run that starts over repeats the choices and predictions of its
-    first start, because its recipe is resolved by now."""
-    values, timing = plan_values(setup), plan_timing(setup)
-    if planned is None:
-        return values, timing
-    warnings = list(dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]]))
-    asides = list(dict.fromkeys([*planned.values.get("asides", ()), *values["asides"]]))
-    kept = {key: planned.values[key] for key in ("given", "choices", "unusual") if key in planned.values}
-    return {**values, **kept, "warnings": warnings, "asides": asides}, {**planned.timing, **timing}
 
 
 def _take_steps(session: Session) -> None:

@@ -34,8 +34,8 @@ def _parse_preference(record: JsonObject, source: Source, *, answered: bool = Tr
     Not `answered`: the prompt alone.
     """
     check, openai_input = RowProblems(source), record.get("input")
-    has_own_tools = "tools" in record or not isinstance(openai_input, dict)
-    tools = tools_of(record if has_own_tools else openai_input, check)
+    holds_tools = openai_input if isinstance(openai_input, dict) and "tools" not in record else record
+    tools = tools_of(holds_tools, check)
     if not answered:
         return prompt_alone(record.get("prompt"), tools, check, "preference")
     margin = record.get("margin")
