@@ -64,6 +64,7 @@ needs_caches = pytest.mark.skipif(
 
 
 @needs_caches
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_shapes_of_passes() -> None:
     environment: dict[str, str] = {}
     prepare_environment(environment)

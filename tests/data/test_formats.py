@@ -83,7 +83,7 @@ def test_prompts_keep_all_of_their_row_and_are_never_detected():
     assert find_shape(record) != "prompts"
     assert parsed("prompts", record).kept == record
     assert turns(parsed("prompts", {"messages": [USER, ANSWER]})) == [("user", "Hi", False)]
-    assert [problem.code for problem in problems("prompts", {"question": "Hi"})] == ["missing_field"]
+    assert [problem.code for problem in problems("prompts", {"heading": "Hi"})] == ["missing_field"]
     assert [problem.code for problem in problems("prompts", {"prompt": "  "})] == ["empty_prompt"]
 
 

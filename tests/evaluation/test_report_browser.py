@@ -130,6 +130,7 @@ def test_a_long_text_is_folded_and_opens_without_a_script(opened):
     assert whole.inner_text() == "x" * 10_000
 
 
+@pytest.mark.slow
 def test_it_prints(opened):
     page = opened("chat")
     assert page.pdf(format="A4")[:5] == b"%PDF-"

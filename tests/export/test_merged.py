@@ -51,6 +51,7 @@ def test_every_head_is_merged_and_proven(name: str, tmp_path: Path, monkeypatch:
     assert json.loads((done.path / "verify.json").read_text())["verified"] is True
 
 
+@pytest.mark.slow
 def test_a_new_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     """The real proof: nothing here stands in for its other process."""
     done = exported("chat", tmp_path)

@@ -51,6 +51,7 @@ def test_every_head(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert done.found.kl < 1e-9
 
 
+@pytest.mark.slow
 def test_the_folder_alone_is_enough_with_external_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card's own lines, on rows of other lengths than those that were traced, padded on the right."""
     quick(monkeypatch)

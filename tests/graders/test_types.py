@@ -335,6 +335,7 @@ def test_what_is_no_formula_is_refused(text: str) -> None:
         formula.parse(text, ("a",), "calculate_output")
 
 
+@pytest.mark.slow
 def test_long_texts_keep_no_grader_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words are compared in a process with limits, by the identity and the score of this one."""
     monkeypatch.setattr(schema.TextSimilarity, "seconds", 1)

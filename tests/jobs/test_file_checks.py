@@ -100,6 +100,7 @@ def its_check_ends(server: Dispatcher, name: str, process: int) -> None:
 
 
 # trap: S21
+@pytest.mark.slow
 def test_a_cancelled_job_ends_its_check_while_other_projects_continue(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
