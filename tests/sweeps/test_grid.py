@@ -99,3 +99,13 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="not UTF-8"):
         read_grid(tmp_path / "b.yaml")
+
+
+def test_graded_answers_are_judged_by_their_reward_and_not_by_its_negative(tmp_path: Path) -> None:
+    base = "base: {model: m, data: {train: [a]}%s}\n"
+    graded = (", task: reinforce", ", reinforce: {grader: g.py}")
+    others = (", task: reward", ", task: rank", ", task: embed", ", task: distil")
+    for given, key in [(given, "reward") for given in graded] + [(given, "loss") for given in others]:
+        assert read_grid(grid_file(tmp_path, "grid: {seed: [1, 2]}", base % given)).metric == key
+    varied = "grid: {reinforce.grader: [g.py, h.py]}"
+    assert read_grid(grid_file(tmp_path, varied, base % "")).metric == "reward"

@@ -132,7 +132,9 @@ def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
         return
     screen.print(visible(f"\nThe best is {run} ({options_text(best.trial.options)}). Next:\n"))
     second = [found.root / outcome.trial.name for outcome in outcomes[1:2] if outcome.state == "done"]
-    for words in (("show", run), ("eval", run, "FILE"), *(("compare", other, run) for other in second)):
+    grader = best.trial.recipe.reinforce.grader
+    measure = ("eval", run, "FILE") if grader is None else ("grade", "FILE", "--grader", grader, "--model", run)
+    for words in (("show", run), measure, *(("compare", other, run) for other in second)):
         screen.print(f"  {command(*words)}", soft_wrap=True)
     screen.print(f"\n{CHOSEN}")
 

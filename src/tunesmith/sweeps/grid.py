@@ -19,7 +19,7 @@ from tunesmith.evaluation.metrics import METRICS
 from tunesmith.recipe import load, yaml_io
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
-from tunesmith.types import JsonObject, Record
+from tunesmith.types import REWARD_KEY, JsonObject, Record
 
 MOST_TRIALS = 1000
 SAME_FOR_ALL = ("name", "evaluation", "data.eval", "data.held_out")
@@ -85,13 +85,14 @@ def read_grid(path: Path, name: str | None = None) -> Grid:
             "with random: {trials: 20}."
         )
     base = data["base"]
-    _check_base(path, base)
+    recipe = _checked_base(path, base)
     combined = (dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
     chosen = list(_drawn(axes, drawn) if drawn else combined)
     called = name or re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "sweep"
     digits = max(2, len(str(len(chosen))))
     evaluation = base.get("evaluation") or {}
-    metric = "loss" if evaluation.get("metric", "auto") == "auto" else evaluation["metric"]
+    metric = evaluation.get("metric", "auto")
+    metric = _usual_metric(recipe, axes) if metric == "auto" else metric
     base = {**base, "evaluation": {**evaluation, "metric": metric}}  # one measure for all trials
     recipes = _recipes(path, text, base, chosen)
     if any(recipe.model == "last" for recipe in recipes):
@@ -167,11 +168,20 @@ def _axis_problems(key: str, values: object, *, is_drawn: bool) -> Iterator[str]
         yield f"grid.{key}: a value is there twice: keep one."
 
 
-def _check_base(path: Path, given: Record) -> None:
-    """Raises RecipeError for a base that is not a recipe by itself."""
+def _checked_base(path: Path, given: Record) -> Recipe:
+    """The recipe of the base. Raises RecipeError for one that is not a recipe by itself."""
     recipe = load.validate(given, where=f"{path}: base")
     if not recipe.model or not recipe.data.train:
         raise RecipeError(f"{path}: base: {'data.train' if recipe.model else 'model'}: missing: every trial needs it.")
+    return recipe
+
+
+def _usual_metric(base: Recipe, axes: Record) -> str:
+    """Key of the measure that ranks trials where the base names none: the reward where answers are graded, whose
+    loss is the reward turned round, and otherwise the loss."""
+    varied = {key.partition(".")[0] for key in axes}
+    is_graded = base.task == "reinforce" or base.reinforce.grader is not None or "reinforce" in varied
+    return REWARD_KEY if is_graded else "loss"
 
 
 def _drawn(axes: Record, how: Mapping[str, int]) -> Iterator[JsonObject]:
