@@ -68,7 +68,7 @@ def train(
         data: one or several paths or {"path", "weight"}; or rows: a list of mappings, a pandas or `datasets`
             table, written to `root`/data as JSONL, where a resumed run finds them. `eval` is the same.
         recipe: a recipe or its file; `options`, sections or keys of it, win: method="lora", optim={"lr": 1e-4}.
-            Task reinforce takes grader=function, which is in a file, or what `--grader` takes.
+            Task reinforce takes grader=function, which is in a file, or what `--grader` takes; in reinforce={...} too.
         progress: whether a bar is shown; None: in notebooks and on terminals.
         should_stop: called before the first step and after each.
 
@@ -112,6 +112,7 @@ def train(
 def _graded_by(grader: Any, options: Record) -> JsonObject:
     if MODULE in sys.modules:  # else each process of the grader would start one more, without end
         raise RecipeError("grader: its file trains when it is loaded. Do that below `if __name__ == '__main__':`")
+    grader = options.get("grader") if grader is None and isinstance(options, Mapping) else grader
     return {} if grader is None else {"reinforce": {**options, "grader": _word_of(grader)}}
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load
 from tunesmith.recipe.docs import options
 from tunesmith.recipe.methods import AutoMethod, FullMethod, LoraMethod
+from tunesmith.recipe.reinforcement import NAMES_OF_LOSSES
 from tunesmith.recipe.schema import Recipe
 
 PROBLEMS = [
@@ -64,6 +66,21 @@ PROBLEMS = [
     ({"every": 8}, "every: unknown key, did you mean evaluation.every or checkpoint.every?"),
     ({"learning_rate": 8}, "learning_rate: unknown key, did you mean optim.lr?"),
     ({"sed": 8}, "sed: unknown key, did you mean seed?"),
+    (
+        {"reinforce": {"max_tokens": 8}},
+        "reinforce.max_tokens: unknown key, did you mean reinforce.max_new_tokens?",
+    ),
+    ({"train": {"max_tokens": 8}}, "train.max_tokens: unknown key, did you mean data.max_tokens?"),
+    (
+        {"reinforce": {"loss": "Dr. GRPO"}},
+        "reinforce.loss: 'Dr. GRPO' is not clip, cispo or sequence: Dr. GRPO is written reinforce: {loss: clip, "
+        "normalize: constant, scale: none} here",
+    ),
+    (
+        {"reinforce": {"loss": "gspo"}},
+        "reinforce.loss: 'gspo' is not clip, cispo or sequence: gspo is written reinforce: {loss: sequence, "
+        "normalize: answers, scale: group} here",
+    ),
     ({"xyzzy": 8}, "xyzzy: unknown key: see `tunesmith recipe` for all"),
     ({"model": "x" * 500, "task": "y" * 500}, "task: 'yyyyyy"),
 ]
@@ -93,6 +110,14 @@ def test_every_option_refuses_nonsense_with_its_own_name():
         with pytest.raises(RecipeError) as caught:
             load.load(None, [f"{key}={{x: {{y: z}}}}"])
         assert str(caught.value).startswith(f"--set: {key}"), key
+
+
+def test_names_of_losses_are_recipes_and_in_the_guide():
+    guide = (Path(__file__).parents[2] / "docs/guide/reinforce.md").read_text("utf-8")
+    for name, words in NAMES_OF_LOSSES.items():
+        written = words[: words.index("}") + 1]
+        assert f"`{written}`" in guide, name
+        load.validate(yaml.safe_load(written))
 
 
 def test_other_tools_names_lead_to_options_that_exist():

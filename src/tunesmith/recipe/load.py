@@ -20,6 +20,7 @@ from tunesmith.phrases import near_file
 from tunesmith.recipe import other_tools, yaml_io
 from tunesmith.recipe.docs import Option, options, sections
 from tunesmith.recipe.methods import METHOD_OPTIONS
+from tunesmith.recipe.reinforcement import NAMES_OF_LOSSES
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import JsonObject, Record
 
@@ -256,6 +257,8 @@ def _wrong_value(shown: str, option: Option | None, errors: Sequence[ErrorDetail
 def _refused(value: str, option: Option, given: object) -> str:
     near = difflib.get_close_matches(str(given), option.choices, n=1)
     way = f", did you mean {near[0]}?" if near else ""
+    if option.key == "reinforce.loss" and (name := re.sub(r"[^a-z]", "", str(given).lower())) in NAMES_OF_LOSSES:
+        way = f": {given} is written {NAMES_OF_LOSSES[name]} here"
     if "text" in option.allowed.split() and isinstance(given, (int, float)):
         way = ": put it in quotes"
     elif "below 1" in option.allowed and isinstance(given, (int, float)) and given >= 1:
@@ -278,11 +281,14 @@ def _unknown(shown: str, location: Sequence[int | str]) -> str:
 
 def similar(name: str) -> list[str]:
     """Keys that a person may mean who writes `name`: a dotted key, or what another tool calls an option."""
-    last = name.rpartition(".")[2]
+    section, _, last = name.rpartition(".")
     everything = [*options(), *sections()]
+    in_section = {key.rpartition(".")[2]: key for key in options() if key.rpartition(".")[0] == section}
+    near_in_section = difflib.get_close_matches(last, in_section if section else (), n=1, cutoff=0.8)
     same_name = [key for key in everything if key.rpartition(".")[2] == last and last != "name"]
     return (
-        same_name
+        [in_section[word] for word in near_in_section]
+        or same_name
         or ([OTHER_NAMES[last]] if last in OTHER_NAMES else [])
         or difflib.get_close_matches(name, everything, n=1, cutoff=0.7)
         or [key for key in everything if difflib.get_close_matches(last, [key.rpartition(".")[2]], cutoff=0.75)]

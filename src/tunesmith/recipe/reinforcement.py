@@ -11,6 +11,15 @@ from tunesmith.recipe.methods import Auto, OptionGroup, Positive
 LEAST_TEMPERATURE = 0.1
 USUAL_PROMPTS, UPDATES, MOST_UPDATES = 8, 100, 500
 """Usual prompts of a step; steps of a run at least, and at most for the sake of seeing all prompts."""
+NAMES_OF_LOSSES = {
+    "grpo": "reinforce: {loss: clip, normalize: answers, scale: group}",
+    "dapo": "reinforce: {loss: clip, normalize: tokens, scale: group}",
+    "drgrpo": "reinforce: {loss: clip, normalize: constant, scale: none}",
+    "gspo": "reinforce: {loss: sequence, normalize: answers, scale: group}",
+    "rloo": "reinforce: {loss: clip, normalize: constant, baseline: leave_one_out}",
+    "ppo": "reinforce: {loss: clip}, without a value model: rewards are compared within a group",
+}
+"""Names of methods, in small letters alone, and what they are here: docs/guide/reinforce.md has the papers."""
 
 
 def file_of(grader: str) -> str:
