@@ -109,6 +109,27 @@ def test_slips_with_answers_and_packages_end_in_their_way_out(tmp_path: Path) ->
     assert no_json.error.endswith('return 0.0 for it. sample["output_json"] is None then.')
 
 
+def test_a_file_that_hides_a_library_is_named(tmp_path: Path) -> None:
+    at_once, later = tmp_path / "numpy.py", tmp_path / "colorsys.py"
+    at_once.write_text("import numpy\n\n\ndef grade(sample, item):\n    return 1.0\n")
+    with pytest.raises(InputError, match=r"loaded: numpy\.py hides the library numpy: rename the file\.$"):
+        Children(schema.Function(type="function", file=str(at_once)))
+    later.write_text("def grade(sample, item):\n    import colorsys\n    return colorsys.rgb_to_hsv(0, 0, 1)[2]\n")
+    [failed] = grades(schema.Function(type="function", file=str(later)), "x")
+    assert failed.error.endswith("\ncolorsys.py hides the library colorsys: rename the file.")
+    later.write_text("def grade(sample, item):\n    return 1.0\n")
+    [good] = grades(schema.Function(type="function", file=str(later)), "x")
+    assert good.reward == 1.0, "a name that nobody imports hides nothing"
+
+
+def test_a_clients_code_is_named_without_the_folder_where_it_is_written() -> None:
+    source = "def grade(sample, item):\n    return 1 / 0\n"
+    [failed] = grades(schema.from_value({"type": "python", "source": source}), "x")
+    assert failed.error.startswith('File "grader.py", line 2, in grade')
+    with pytest.raises(InputError, match=r'cannot be loaded: File "grader\.py", line 1'):
+        Children(schema.Python(type="python", source="1 / 0\n"))
+
+
 def test_packages_of_an_environment_next_to_a_grader_are_not_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib.machinery import PathFinder
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -107,7 +108,12 @@ def _loaded(to_load: Record) -> Work | None:
         return lambda request: grade_text(grader, request["sample"], request["item"])
     file = Path(to_load["file"])
     sys.path.insert(0, str(file.parent))
-    module = _module(MODULE, file)
+    try:
+        module = _module(MODULE, file)
+    except Exception:
+        _refuse_hiding(file)
+        raise
+    _refuse_hiding(file)
     function = getattr(module, name := to_load["function"], None)
     if not callable(function):
         functions = [value for value in vars(module).values() if inspect.isfunction(value)]
@@ -123,6 +129,31 @@ def _module(name: str, file: Path) -> Any:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+_HIDES = "{} hides the library {}: rename the file."
+
+
+def _refuse_hiding(file: Path) -> None:
+    """Raise GradeError where the grader's file was loaded in place of a library."""
+    if library := _hidden_by(file):
+        raise GradeError("exception", _HIDES.format(file.name, library))
+
+
+def _hidden_from(error: BaseException) -> tuple[str, str] | None:
+    """(name of the grader's file, library that it hides) where that may have caused the error."""
+    file = Path(getattr(sys.modules.get(MODULE), "__file__", None) or "")
+    library = _hidden_by(file) if isinstance(error, (AttributeError, ImportError)) else ""
+    return (file.name, library) if library else None
+
+
+def _hidden_by(file: Path) -> str:
+    """The library whose name the grader's file has, if some code imported that name and got the file; else ""."""
+    if getattr(sys.modules.get(file.stem), "__file__", None) != str(file):
+        return ""
+    others = [path for path in sys.path if Path(path) != file.parent]
+    is_library = file.stem in sys.stdlib_module_names or PathFinder.find_spec(file.stem, others) is not None
+    return file.stem if is_library else ""
 
 
 def _called(function: Callable[..., Any]) -> Work:
@@ -210,7 +241,8 @@ def _problem(error: BaseException, request: Record | None = None) -> Answer:
     if isinstance(error, GradeError):
         return {"kind": error.kind, "error": str(error)}
     kind = "memory" if isinstance(error, MemoryError) else "exception"
-    return {"kind": kind, "error": "\n".join([_trace(error), *_ways_out(error, request or {})])}
+    ways_out = [_HIDES.format(*hidden)] if (hidden := _hidden_from(error)) else _ways_out(error, request or {})
+    return {"kind": kind, "error": "\n".join([_trace(error), *ways_out])}
 
 
 def _ways_out(error: BaseException, request: Record) -> list[str]:

@@ -116,7 +116,8 @@ class _Child:
                     raise GradeError("timeout", f"it took more than {seconds:g} s and was ended")
         if not line.endswith(b"\n"):
             raise GradeError("died", "the process of the grader ended by itself" + self.last_words("died"))
-        return dict(json.loads(line))
+        answer: JsonObject = json.loads(line)
+        return answer | {"error": self._without_folder(answer["error"])} if "error" in answer else answer
 
     def last_words(self, kind: str) -> str:
         """Last lines that a process printed before it died."""
@@ -124,8 +125,12 @@ class _Child:
             return ""
         size = os.fstat(self._log.fileno()).st_size
         end = os.pread(self._log.fileno(), 1000, max(0, size - 1000)).decode("utf-8", "replace")
-        lines = end.strip().splitlines()
+        lines = self._without_folder(end).strip().splitlines()
         return f"; it printed last: {lines[-1]}" if lines else ""
+
+    def _without_folder(self, text: str) -> str:
+        """A text with `grader.py` in place of where we wrote that file, which means nothing to its reader."""
+        return text.replace(self._folder.name + os.sep, "")
 
     def end(self) -> None:
         """End the process with all that it started; once, since its number may be another's later."""
