@@ -21,7 +21,7 @@ from rewarded import COUNTED, DIGITS, prompts, rewarded
 from tiny import template
 from tiny_run import same_run, stopped
 from tunesmith import methods
-from tunesmith.api import _word_of
+from tunesmith.api import _graded_by, _word_of
 from tunesmith.data.answers import AnswerStore
 from tunesmith.errors import (
     DataError,
@@ -33,6 +33,8 @@ from tunesmith.errors import (
     StorageError,
     UngradedError,
 )
+from tunesmith.evaluation.report.values import metric_lines
+from tunesmith.evaluation.series import RunSeries
 from tunesmith.generation import draws as draws_module
 from tunesmith.graders.grade import Grade
 from tunesmith.graders.pool import Pool
@@ -41,6 +43,7 @@ from tunesmith.jobs.reward_metrics import of_step
 from tunesmith.recipe.origin import moved_to
 from tunesmith.recipe.reinforcement import file_of
 from tunesmith.runs.folder import Run, runs
+from tunesmith.summaries.words import metric_line
 from tunesmith.tasks.policy_losses import VALUE_COLUMNS
 from tunesmith.training import draw as draws
 from tunesmith.training import graded, groups
@@ -116,6 +119,11 @@ def test_a_step_tells_what_was_drawn_and_learnt(straight):
     assert before["loss"]["value"] == pytest.approx(-before["reward"]["value"])
     report = json.loads((run.path / "report.json").read_text())
     assert report["changes"]["reward"].keys() >= {"value", "low", "high", "is_clear"}
+    num = report["metrics"]["after"]["drawn"]
+    assert num == run.recipe().reinforce.held_out_samples
+    assert f"pass@{num}" in [line.label for line in metric_lines(report)]
+    first = next(event for event in run.events() if event.kind == "evaluation")
+    assert f", pass@{num} " in metric_line(first, RunSeries.of(run.events()))
 
 
 def test_a_tiny_model_learns_a_dense_reward(tmp_path):
@@ -650,6 +658,8 @@ def test_a_grader_in_python_is_a_function_of_a_file(tmp_path):
         with pytest.raises(RecipeError, match="load them from a file"):
             tunesmith.train("model", [{"prompt": "Hi"}], grader=grader, root=tmp_path)
     assert _word_of(prompts) == f"{prompts.__code__.co_filename}:prompts"
+    for given in ((prompts, {"samples": 4}), (None, {"samples": 4, "grader": prompts})):
+        assert _graded_by(*given) == {"reinforce": {"samples": 4, "grader": _word_of(prompts)}}
     assert file_of("a/grader.py:reward") == file_of("a/grader.py") == "a/grader.py"
     assert file_of("grader.json") == "grader.json"
 

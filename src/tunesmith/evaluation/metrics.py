@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tunesmith.errors import InputError
@@ -195,8 +195,11 @@ def is_restated(key: str, measures: Record) -> bool:
     return key == "loss" and REWARD_KEY in measures
 
 
-def info_of(key: str) -> MetricInfo:
-    """The metric of that key; one of a newer version is shown under its key."""
+def info_of(key: str, drawn: int | None = None) -> MetricInfo:
+    """The metric of that key; one of a newer version is shown under its key. `drawn`: the answers that were drawn
+    to each prompt, which is the k of pass@k."""
+    if key == "pass_k" and drawn:
+        return replace(METRICS[key], label=f"pass@{drawn}")
     return METRICS.get(key) or MetricInfo(key, "number", "neither", "")
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from tunesmith.environment.version import __version__
 from tunesmith.errors import ExportError, InputError
-from tunesmith.evaluation.metrics import METRICS, with_bounds
+from tunesmith.evaluation.metrics import METRICS, info_of, with_bounds
 from tunesmith.evaluation.report.values import kept_report, metric_lines, sides
 from tunesmith.export.run_result import RunResult
 from tunesmith.methods import METHODS
@@ -87,9 +87,10 @@ def _head(result: RunResult, name: str, fields: Record, license: str, report: Re
     if (base := base_id(result)) is not None:
         head |= {"base_model": base, "base_model_relation": fields["relation"]}
     head["tags"] = ["tunesmith", result.recipe.method.name, str(result.recipe.task)]
-    results: Record = ((report.get("metrics") or {}).get("after") or {}).get("measures", {})
+    after: Record = (report.get("metrics") or {}).get("after") or {}
+    results: Record = after.get("measures", {})
     metrics = [
-        {"type": key, "name": METRICS[key].label, "value": round(float(interval["value"]), 6)}
+        {"type": key, "name": info_of(key, after.get("drawn")).label, "value": round(float(interval["value"]), 6)}
         for key, interval in results.items()
         if key in METRICS
     ]

@@ -90,7 +90,9 @@ def metric_line(event: Event, series: RunSeries) -> str:
     if event.kind == "evaluation":
         measures = measures_of(values)
         measures = {key: value for key, value in measures.items() if not is_restated(key, measures)}
-    shown = [f"{info_of(key).label} {info_of(key).text(interval['value'])}" for key, interval in measures.items()]
+    drawn = values.get("drawn")
+    infos = [(info_of(key, drawn), interval) for key, interval in measures.items()]
+    shown = [f"{info.label} {info.text(interval['value'])}" for info, interval in infos]
     return f"{', '.join(shown)} ({_counts(event)})"
 
 

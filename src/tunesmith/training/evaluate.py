@@ -22,7 +22,7 @@ from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.compare import preference_notes
 from tunesmith.evaluation.generate import FEW_ANSWERS
-from tunesmith.evaluation.graded_scores import graded_notes
+from tunesmith.evaluation.graded_scores import graded_notes, least_drawn
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.predict_rows import (
     MOST_HIGH_LOSS,
@@ -115,6 +115,7 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
         "loss": measures["loss"]["value"],
         "rows": len(hashes_I),
         **documents,
+        **({} if setup.drawing is None else {"drawn": least_drawn(results)}),
         "targets": num_targets or len(results),
         "measures": measures,
         **({"sources": sources} if sources else {}),

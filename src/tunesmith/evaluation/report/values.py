@@ -269,7 +269,8 @@ def _is_shown(report: Record, key: str) -> bool:
 
 
 def _line(report: Record, key: str) -> MetricLine:
-    info, after = info_of(key), report["metrics"]["after"]["measures"][key]
+    side = report["metrics"]["after"]
+    info, after = info_of(key, side.get("drawn")), side["measures"][key]
     other, change = _compared(report, key)
     before, constant = report["metrics"]["before"], _constant(report, key)
     return MetricLine(
