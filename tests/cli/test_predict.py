@@ -47,6 +47,27 @@ def test_a_pipe_is_read_to_its_end(one: Path) -> None:
     assert [line["source"] for line in lines] == ["stdin:1", "stdin:2"]
 
 
+def test_files_of_another_encoding_are_read_as_their_refusal_advises(one: Path, tmp_path: Path) -> None:
+    path, label = tmp_path / "rows.csv", ONE.names[0]
+    path.write_bytes("".join(["text,label\n", *(f"café {i},{label}\n" for i in range(6))]).encode("cp1252"))
+    advised = ("--set", "data.encoding=cp1252")
+    for words in (("predict", one, path), ("eval", one, path), ("compare", one, one, "--data", path)):
+        assert f"add {' '.join(advised)}" in tunesmith(*words, "--offline", code=2).output.replace("Add", "add")
+        tunesmith(*words, *advised, "--offline")
+    out = tmp_path / "answers.jsonl"
+    predict(one, path, "--out", out, *advised)
+    assert json.loads(out.read_text("utf-8").splitlines()[0])["text"] == "café 0"
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(f"note,mood\ngood,{label}\nbad,{label}\n", "utf-8")
+    columns = ("--set", "data.columns={text: note, label: mood}")
+    for words in (("predict", one, renamed), ("eval", one, renamed)):
+        tunesmith(*words, "--offline", code=2)
+        tunesmith(*words, *columns, "--offline")
+    assert "only options of reading" in predict(one, path, "--set", "optim.lr=1", code=2).output
+    refused = tunesmith("compare", one, one, *advised, code=2)
+    assert "no rows are read here. Give --data FILE" in refused.output
+
+
 def test_a_line_a_row_that_can_be_read_as_a_row_again(one: Path, rows: Path, tmp_path: Path) -> None:
     result = predict(one, rows)
     lines = told(result)

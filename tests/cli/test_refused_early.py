@@ -15,6 +15,11 @@ from tunesmith.types import Event
 
 CASES = [
     (["train", "model", "rows.jsonl", "--set", "device=tpu"], "device: tpu: not a device"),
+    (["train", "model", "rows.jsonl", "--grader", "graderr.py"], "graderr.py: there is no such file. Did you mean "),
+    (["plan", "model", "rows.jsonl", "--set", "reinforce.grader=no.json"], "no.json: there is no such file"),
+    (["grade", "rows.jsonl", "--grader", "graderr.py"], "graderr.py: there is no such file. Did you mean "),
+    (["train", "model", "rows.jsonl", "--grader", "run:nowhere"], "nowhere: no such run in runs"),
+    (["train", "model", "rows.jsonl", "--task", "distil", "--teacher", "no.gguf"], "no.gguf: no such folder or file"),
     (["train", "./nowhere", "rows.jsonl"], "./nowhere: no such folder or file"),
     (["train", "model", "rows.jsonl", "--export", "coreml"], "coreml: there is no such target"),
     (["export", "one", "--to", "coreml"], "--to: coreml: there is no such target"),
@@ -90,6 +95,7 @@ def test_what_is_cheap_to_check_is_refused_before_torch_is_imported(root: Path) 
     (root.parent / "model" / "config.json").write_text("{}")
     for name in ("exp 1", "_ä"):
         shutil.copytree(root / "one", root / name)
+    (root.parent / "grader.py").write_text("import torch\n")
     (root.parent / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (root.parent / "wrong.jsonl").write_text('{"foo": 1}\n{"foo": 2}\n')
     code = CODE.format(cases=CASES)

@@ -10,7 +10,9 @@ from typing import Any
 import orjson
 import pytest
 
+from sweeps import fake_trials
 from sweeps.fake_trials import FakeTrials, event, grid_file, measured
+from tunesmith.cli.sweep import _show
 from tunesmith.errors import InputError, RunError, Stopped
 from tunesmith.runs import events
 from tunesmith.runs.folder import Run
@@ -208,3 +210,18 @@ def test_stop_requests_wait_until_a_trial_has_its_folder(tmp_path: Path) -> None
     sweep = sweep_of(tmp_path)
     with pytest.raises(Stopped, match="0 of 4"):
         run(sweep, FakeTrials(LOSSES, before=wait), should_stop=ready.is_set)
+
+
+def test_a_sweep_of_graded_answers_ends_with_a_command_that_measures_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_trials, "measured", lambda value: {"reward": {"value": value, "low": 0.0, "high": 9.0}})
+    rest = "  reinforce: {grader: right.py}\ngrid: {optim.lr: [1e-5, 1e-4]}\n"
+    sweep = sweep_of(tmp_path, rest)
+    run(sweep, FakeTrials({"lr-01": (0.1, 0.2), "lr-02": (0.4, 0.5)}))
+    _show(sweep, as_json=False, quiet=False)
+    printed = capsys.readouterr().out
+    assert "reward" in printed.splitlines()[0]
+    assert "loss" not in printed
+    assert f"grade FILE --grader right.py --model {sweep.root / 'lr-02'}" in printed
+    assert " eval " not in printed

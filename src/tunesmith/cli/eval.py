@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, Target, TaskOf, as_task, named, refuse_unusable
+from tunesmith.cli.options import (
+    READING,
+    Base,
+    BaseAt,
+    Json,
+    Offline,
+    Root,
+    Target,
+    TaskOf,
+    as_task,
+    named,
+    reading_options,
+    refuse_unusable,
+)
 from tunesmith.cli.render import print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
@@ -31,6 +44,13 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.compare import Comparison, Difference
     from tunesmith.inference.measure import EvaluationResult
 
+MEASURED = (*READING, "data.columns")
+"""Options that say how rows are read which are measured."""
+MeasuredAs = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(MEASURED)}. Repeatable."),
+]
+
 
 def evaluate(
     target: Target,
@@ -48,6 +68,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a JSON line for each row, with its loss and prediction.")
     ] = None,
+    settings: MeasuredAs = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -68,6 +89,7 @@ def evaluate(
                 file.writelines(to_json(line) + b"\n" for line in lines)
 
     options: dict[str, Any] = {"root": root, "base": base, "model": model, "task": task, "offline": offline}
+    options["reading"] = reading_options(settings, MEASURED)
     result = evaluate_target(target, data, samples=samples, judge=judge, keep=keep, **options)
     if as_json:
         values = {"task": result.task, "rows": result.num_rows, "trained_on": result.num_trained}
@@ -91,6 +113,7 @@ def evaluate_target(
     offline: bool,
     keep: Callable[[Iterator[JsonObject]], None],
     shown_notes: set[str] | None = None,
+    reading: Record,
 ) -> EvaluationResult:
     """Evaluate RUN|MODEL, with progress and notes on stderr.
 
@@ -98,10 +121,11 @@ def evaluate_target(
         keep: gets a line for each row.
         shown_notes: the notes that evaluations before this one have printed. They are not repeated, except on
             the run itself; new ones are added.
+        reading: options of `data` that win over the run's.
     """
     refuse_no_answers(samples, judge)
     target, task_name = named(target, root), as_task(task)
-    refuse_unusable(target, data, root, task_name, answered=judge is None, offline=offline)
+    refuse_unusable(target, data, root, task_name, answered=judge is None, offline=offline, reading=reading)
     from tunesmith.cli.display import phases
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
@@ -109,7 +133,7 @@ def evaluate_target(
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
-        loaded = load_any(target, root=root, base=base, task=task_name, model=model, offline=offline)
+        loaded = load_any(target, root=root, base=base, task=task_name, model=model, offline=offline).read_by(reading)
         note_of_export = export_note(loaded.located.path)
         loaded_judge = None if judge is None else load_any(judge, root=root, offline=offline)
         settings: dict[str, Any] = {"judge": loaded_judge, "offline": offline, "on_progress": progress}
@@ -165,6 +189,7 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE.html", help="Write a page with the table and a plot."),
     ] = None,
+    settings: MeasuredAs = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -181,20 +206,17 @@ def compare(
     from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, compare_runs
 
     targets = [named(target, root) for target in targets]
-    if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"--out {out}: has to be FILE.html in a folder that exists. Choose another name.")
-    if len(targets) < 2:
-        raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
-    if model is not None and (data is None or not any(is_run(name, root) for name in targets)):
-        raise InputError(f"--model {model}: no run is measured here. Give --data FILE, or leave it out.")
     run_names = [name for name in targets if is_run(name, root)]
+    _refuse_incomparable(targets, run_names, data, model, out, settings)
+    reading = reading_options(settings, MEASURED)
     task = None
     if run_names and (data is not None or out is not None):
         task = Run.open(run_names[0], root).recipe().task
     if data is None:
         sides = [_stored_side(name, root) for name in targets]
     else:
-        measure = partial(_measured_side, data=data, task=task, root=root, offline=offline, shown_notes=set())
+        options: dict[str, Any] = {"data": data, "task": task, "root": root, "offline": offline, "reading": reading}
+        measure = partial(_measured_side, **options, shown_notes=set())
         sides = [measure(name, base=model if name in run_names else None) for name in targets]
     try:
         comparisons = compare_runs([side.rows for side in sides])
@@ -214,6 +236,21 @@ def compare(
 
         write_atomic(out, as_html(comparison_page(targets, comparisons, task or "")).encode())
         console(stderr=True).print(f"a page with the table and a plot: {out}")
+
+
+def _refuse_incomparable(
+    targets: Sequence[str], runs: Sequence[str], data: str | None, model: str | None, out: Path | None,
+    settings: Sequence[str] | None,
+) -> None:  # fmt: skip
+    """Raise InputError for options of `compare` that do not go together. `runs`: the targets that are runs."""
+    if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"--out {out}: has to be FILE.html in a folder that exists. Choose another name.")
+    if len(targets) < 2:
+        raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
+    if model is not None and (data is None or not runs):
+        raise InputError(f"--model {model}: no run is measured here. Give --data FILE, or leave it out.")
+    if settings and data is None:
+        raise InputError(f"--set {settings[0]}: no rows are read here. Give --data FILE, or leave it out.")
 
 
 def _show_many(
@@ -286,12 +323,21 @@ def _stored_side(name: str, root: Path) -> _Side:
 
 
 def _measured_side(
-    name: str, *, data: str, base: str | None, task: str | None, root: Path, offline: bool, shown_notes: set[str]
+    name: str,
+    *,
+    data: str,
+    base: str | None,
+    task: str | None,
+    root: Path,
+    offline: bool,
+    shown_notes: set[str],
+    reading: Record,
 ) -> _Side:
     """An evaluation on a file. `base`: the place of a run's model now."""
     side = _Side()
     options: dict[str, Any] = {"root": root, "base": False, "task": task, "model": base, "offline": offline}
-    result = evaluate_target(name, data, samples=0, keep=side.rows.extend, shown_notes=shown_notes, **options)
+    options |= {"shown_notes": shown_notes, "reading": reading}
+    result = evaluate_target(name, data, samples=0, keep=side.rows.extend, **options)
     side.metrics, side.baseline = result.measures, result.baseline
     return side
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import orjson
 import typer
 
-from tunesmith.cli.options import Json, Offline, Root, named, refuse_missing
+from tunesmith.cli.options import Json, Offline, ReadAs, Root, named, reading_options, refuse_missing
 from tunesmith.cli.render import print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
 ROWS_OF_MODEL = 64
 MOST_ERROR = 300
 """Characters of a failed grade that are printed."""
-READING = ("data.encoding", "data.suffixes", "data.bad_rows", "data.limits")
-"""Options that say how rows are read."""
-Reading = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
-]
 NumRows = Annotated[
     int | None,
     typer.Option(
@@ -73,7 +67,7 @@ def grade(
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File of the rows that are kept.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over --out.")] = False,
     page: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures.")] = None,
-    settings: Reading = None,
+    settings: ReadAs = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -130,15 +124,12 @@ def _read(
     from tunesmith.cli.display import pinned
     from tunesmith.graders import schema
     from tunesmith.graders.prompts import read_as, read_prompts
-    from tunesmith.recipe import load as recipes
-    from tunesmith.recipe.schema import DataFile
+    from tunesmith.recipe.schema import Data, DataFile
 
     loaded = schema.load(grader)
     if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(loaded).values()):
         raise InputError(f"{grader}: length in tokens: they are a model's. Give --model, or count words.")
-    if other := [setting for setting in settings if not setting.startswith(READING)]:
-        raise InputError(f"--set {other[0]}: only options of reading do something here: {', '.join(READING)}.")
-    data = recipes.load(None, settings).data.model_copy(update={"train": (DataFile(path=path),)})
+    data = Data(train=(DataFile(path=path),)).model_copy(update=reading_options(settings))
     every, num_left_out = read_prompts(pinned(data, offline=offline))
     schema.check_variables(loaded, every[0].item, grader)
     notes = [f"{plural(num_left_out, 'row')} left out (data.bad_rows: skip)"] if num_left_out else []

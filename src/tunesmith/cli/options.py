@@ -61,6 +61,13 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Set any option of the recipe: --set method.rank=8. Repeatable."),
 ]
 
+READING = ("data.encoding", "data.suffixes", "data.bad_rows", "data.limits")
+"""Options that say how rows are read."""
+ReadAs = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
+]
+
 Grader = Annotated[
     str | None,
     typer.Option(
@@ -215,6 +222,8 @@ def build_recipe(
             refuse_missing(built.distil.teacher, root)
         except ModelError as error:
             raise ModelError(f"distil.teacher: {error}") from None
+    if built.reinforce.grader is not None:
+        refuse_missing_grader(built.reinforce.grader, root)
     refuse_lacking(built.method.name, built.export.to)
     return built
 
@@ -286,7 +295,7 @@ def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> No
     if Path(model).expanduser().exists() or is_run(model, root):
         return
     name = split_revision(model)[0]
-    if re.search(r"^[.~]|[/\\]", model) and looks_like_path(name):
+    if re.search(r"^[.~]|[/\\]|\.gguf$", model) and looks_like_path(name):
         resolve_model(model, offline=True)
     models_here = [path.name for path in Path().glob("[!.]*") if _is_model(path)]
     known = [*models_here, *(run.path.name for run in runs(root))]
@@ -302,6 +311,16 @@ def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> No
         raise ModelError(f"{no_such_run(model, root)} And no such model: {error}") from error
 
 
+def refuse_missing_grader(grader: str, root: Path) -> None:
+    """Raise InputError for a grader that is not there or cannot be read, and RunError for a reward run of it that
+    is not there, before anything heavy is loaded. None of its code runs."""
+    from tunesmith.graders.schema import RewardRun, load, parts_of
+
+    for part in parts_of(load(grader)).values():
+        if isinstance(part, RewardRun):
+            Run.open(part.run, root)
+
+
 def refuse_lacking(method: str, exports: Sequence[str]) -> None:
     """Raise InputError for a method or an export whose packages are not installed, before torch is imported."""
     extra = {"qlora": "bitsandbytes", "peft": "peft"}.get(method)
@@ -314,33 +333,54 @@ def refuse_lacking(method: str, exports: Sequence[str]) -> None:
 
 
 def refuse_unusable(
-    target: str, data: str, root: Path, task: TaskName | None, *, answered: bool, offline: bool
+    target: str,
+    data: str,
+    root: Path,
+    task: TaskName | None,
+    *,
+    answered: bool,
+    offline: bool,
+    reading: Record,
 ) -> None:
     """Raise ModelError or DataError for a model that is not there, and a local file that cannot be read or of
-    which a run can use no row that is `answered`, before anything heavy is loaded."""
+    which a run can use no row that is `answered`, before anything heavy is loaded. `reading`: options of `data`
+    that win over the run's."""
     from tunesmith.data.addresses import is_address
     from tunesmith.data.columns import usual_columns
     from tunesmith.data.examples import examples
     from tunesmith.recipe.schema import DataFile, resolved
 
     refuse_missing(target, root, offline=offline)
-    refuse_unreadable([data], reading_of(target, root))
+    refuse_unreadable([data], reading_of(target, root, reading))
     if is_address(data) or not is_run(target, root) or not answered:
         return
     recipe, problems = Run.open(target, root).recipe(), list[Problem]()
     task, file = task or resolved(recipe.task), DataFile(path=data)
-    options = recipe.data.model_copy(update={"train": (file,), "replay": (), "eval": ()})
+    options = recipe.data.model_copy(update={"train": (file,), "replay": (), "eval": (), **reading})
     if usual := usual_columns(options, task):
         options = options.model_copy(update={"columns": usual[0]})
     if not any(examples([file], options, problems.append, task=task)):
         raise DataError(f"{data}: no row of it can be used. Correct it, or name its columns.", problems)
 
 
-def reading_of(target: str, root: Path) -> Reading:
-    """Options by which the data of a run was read; for a model the defaults."""
-    from tunesmith.recipe.schema import AS_IT_IS
+def reading_options(settings: Sequence[str] | None, allowed: tuple[str, ...] = READING) -> JsonObject:
+    """The options of `data` that `--set` of a command gives which reads rows and trains nothing. Raises InputError
+    for options that are not `allowed`."""
+    from tunesmith.recipe.load import load
 
-    return Run.open(target, root).recipe().data.reading if is_run(target, root) else AS_IT_IS
+    for setting in settings or ():
+        if not setting.startswith(allowed):
+            raise InputError(f"--set {setting}: only options of reading do something here: {', '.join(allowed)}.")
+    data = load(None, settings or ()).data
+    return {key: getattr(data, key) for key in data.model_fields_set}
+
+
+def reading_of(target: str, root: Path, overrides: Record) -> Reading:
+    """Options by which the data of a run was read, for a model the defaults; `overrides` win."""
+    from tunesmith.recipe.schema import Data
+
+    data = Run.open(target, root).recipe().data if is_run(target, root) else Data()
+    return data.model_copy(update=overrides).reading
 
 
 def refuse_unreadable(paths: Sequence[str], how: Reading) -> None:

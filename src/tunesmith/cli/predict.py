@@ -23,6 +23,7 @@ from tunesmith.cli.options import (
     as_task,
     named,
     reading_of,
+    reading_options,
     refuse_missing,
     refuse_unreadable,
 )
@@ -30,12 +31,16 @@ from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
 from tunesmith.phrases import plural, visible
 from tunesmith.runs.atomic import refuse_existing, storing
+from tunesmith.types import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tunesmith.inference.predict import Predictor
     from tunesmith.inference.rows import Counts
+
+READING = ("data.encoding", "data.suffixes", "data.limits", "data.columns")
+"""Options that say how rows are read; a row that cannot be used has a line with its error, whatever others do."""
 
 
 def predict(
@@ -68,6 +73,10 @@ def predict(
     base: Base = False,
     model: BaseAt = None,
     task: TaskOf = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
+    ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -81,7 +90,8 @@ def predict(
     _refuse_mixed(data, text, pair, keep, out)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
-    refuse_unreadable([data] if data not in (None, "-") else [], reading_of(target, root))
+    reading = reading_options(settings, READING)
+    refuse_unreadable([data] if data not in (None, "-") else [], reading_of(target, root, reading))
     refuse_missing(target, root, offline=offline)
     screen = console(stderr=True)
 
@@ -89,7 +99,7 @@ def predict(
         screen.print(visible(words), style="bright_black")
 
     options = {"root": root, "base": base, "model": model, "task": as_task(task), "offline": offline}
-    predictor = _predictor(target, threshold, max_new_tokens, say, options)
+    predictor = _predictor(target, threshold, max_new_tokens, say, options, reading)
     if text is not None:
         _one(predictor, text, pair, bare)
     else:
@@ -134,12 +144,17 @@ def _columns(words: Sequence[str]) -> list[str]:
 
 
 def _predictor(
-    target: str, threshold: float | None, max_new_tokens: int, say: Callable[[str], None], options: dict[str, Any]
+    target: str,
+    threshold: float | None,
+    max_new_tokens: int,
+    say: Callable[[str], None],
+    options: dict[str, Any],
+    reading: Record,
 ) -> Predictor:
     from tunesmith.inference.load import load_any
     from tunesmith.inference.predict import Predictor
 
-    loaded = load_any(named(target, options["root"]), **options)
+    loaded = load_any(named(target, options["root"]), **options).read_by(reading)
     if loaded.note:
         say(f"note: {loaded.note}")
     predictor = Predictor(loaded, max_new_tokens, threshold)

@@ -36,7 +36,7 @@ from tunesmith.runs.atomic import sha256_file
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run, is_run, no_such_run
 from tunesmith.tasks import TASKS
-from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
+from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, Record, TaskName
 
 TOKENS_TO_ANSWER = 100
 """Tokens of a micro-batch that answers or measures a few rows."""
@@ -69,6 +69,11 @@ class LoadedModel:
     is_base: bool = False
     base_hashes: Mapping[str, str] | None = None
     """SHA-256 of the model's files, if they are known."""
+
+    def read_by(self, options: Record) -> LoadedModel:
+        """This model, with rows read by these options of `data` in place of its run's."""
+        data = self.recipe.data.model_copy(update=options)
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
 
     @property
     def has_base(self) -> bool:

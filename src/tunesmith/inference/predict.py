@@ -298,14 +298,16 @@ def predict_to(
 
 def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[str] = ()) -> dict[str, str]:
     """Hashes of rows, model and renderer, and every option, by name: the lines follow from them."""
-    reading = predictor.loaded.recipe.data.reading
-    expanded = expand_folders([DataFile(path=path)], lambda warning: None, how=reading)
+    data, usual = predictor.loaded.recipe.data, Data()
+    expanded = expand_folders([DataFile(path=path)], lambda warning: None, how=data.reading)
     # The path of a file is part of every line, as its source; one that is missing is refused when it is read.
     files = (file for file in expanded if is_address(file.path) or Path(file.path).is_file())
     hashes = [f"{file.path} {file_hash(file)}\n" for file in files]
     rows = hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()
     fields = ", ".join(["bare" if bare else "echoed", *keep, "reference"])
-    return {**predictor.identity(), "fields": fields, "rows": rows, **_image_hash(predictor, path)}
+    is_usual = (data.reading, data.limits) == (usual.reading, usual.limits)
+    read_as = {} if is_usual else {"reading": f"{data.reading} {data.limits}"}
+    return {**predictor.identity(), "fields": fields, "rows": rows, **read_as, **_image_hash(predictor, path)}
 
 
 def _image_hash(predictor: Predictor, path: str) -> dict[str, str]:
