@@ -116,6 +116,8 @@ def test_a_step_tells_what_was_drawn_and_learnt(straight):
     assert before["loss"]["value"] == pytest.approx(-before["reward"]["value"])
     report = json.loads((run.path / "report.json").read_text())
     assert report["changes"]["reward"].keys() >= {"value", "low", "high", "is_clear"}
+    sides = [prompt[side] for prompt in report["drawn_answers"] for side in ("before", "after")]
+    assert {len(side["answers"]) for side in sides} == {2}, "reinforce.held_out_samples"
 
 
 def test_a_tiny_model_learns_a_dense_reward(tmp_path):
