@@ -10,7 +10,7 @@ import pytest
 from evaluation.fake_runs import HOSTILE, fake_run, report_of
 from evaluation.test_report import Page
 from tunesmith.evaluation.graded_scores import graded_result
-from tunesmith.evaluation.report import write_report
+from tunesmith.evaluation.report import sections, write_report
 from tunesmith.evaluation.report.drawn_answers import telling_prompts
 from tunesmith.evaluation.scores import by_key
 from tunesmith.runs.atomic import to_json
@@ -46,8 +46,10 @@ def test_prompts_of_one_side_and_rows_of_text_are_not_shown() -> None:
     assert telling_prompts({}, by_key([row(1, 1.0)])) == []
 
 
-def test_all_answers_lie_side_by_side_on_the_page(tmp_path: Path) -> None:
+def test_all_answers_lie_side_by_side_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "training_plots", lambda *_: [])  # which take seconds to draw
     run, facts, progress = fake_run(tmp_path / "run", "chat")
+    del facts["lengths"]
     sides = {"before": (0.0, -0.25), "after": (1.0, None, 0.5)}
     for side, rewards in sides.items():
         texts = f"{HOSTILE[0]} {side}"
