@@ -28,7 +28,7 @@ from tunesmith.methods import lora
 from tunesmith.models import attention, card_kernels, cuda_attention, fast_layers, fused_loss, linear_nodes, rms_norm
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.fast_layers import use_fast_layers
-from tunesmith.models.forward import hidden_states
+from tunesmith.models.forward import hidden_at_targets
 from tunesmith.models.segments import AttentionOptions, Segments
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Batch
@@ -147,7 +147,7 @@ def walk(
         )
         model.train()
         with Counted(rows, sizes["vocab_size"], fused) as counted:
-            hidden = hidden_states(model, batch)[batch.predict_N]
+            hidden = hidden_at_targets(model, batch)
             loss = output.loss_sum(hidden, batch.targets_N, smoothing=0.0, z=0.0)
             (loss / tokens).backward()
             attachment.collect_gradients()

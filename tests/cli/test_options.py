@@ -6,8 +6,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from tunesmith.cli.app import app
-from tunesmith.cli.doctor import EXTRAS
+from tunesmith.cli.doctor import EXTRAS, findings
 from tunesmith.cli.options import to_overrides
+from tunesmith.errors import InputError
+from tunesmith.graders import children
+from tunesmith.graders.schema import UnitTests
 from tunesmith.recipe import load
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import is_run
@@ -178,6 +181,30 @@ def test_doctor_says_which_extras_are_here_and_how_to_get_the_others(monkeypatch
         "extra peft           the methods of PEFT (not installed)"
     ]
     assert sum("pip install" in line for line in lines) == 1  # for one of them
+
+
+@pytest.mark.parametrize(
+    ("offline", "words"),
+    [
+        (True, "runs without network (graders python and unit_tests)"),
+        (False, "runs with network: this system lets no ordinary program close it (graders python and unit_tests)"),
+        (None, "does not run: no process"),
+    ],
+)
+def test_doctor_says_whether_code_of_graders_has_a_network(
+    monkeypatch: pytest.MonkeyPatch, offline: bool | None, words: str
+) -> None:
+    class FakeChild:
+        def __init__(self, grader: UnitTests) -> None:
+            if offline is None:
+                raise InputError("no process")
+            self.files, self.offline = dict[str, str](), offline
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(children, "_Child", FakeChild)
+    assert findings()["grader code"] == words
 
 
 def test_doctor_says_why_it_does_not_know_the_free_disk(monkeypatch: pytest.MonkeyPatch) -> None:

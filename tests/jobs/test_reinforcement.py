@@ -219,6 +219,32 @@ def test_rows_that_the_grader_cannot_read_are_the_jobs_error(
     assert str(store.folder) not in error["message"]
 
 
+OTHER_FIELD = b'{"messages": [{"role": "user", "content": "Is it?"}], "reply": "yes"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (questions(1) + b"{oops\n", "Line 2: not JSON"),
+        (questions(1) + b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "Add the user's message."),
+        (OTHER_FIELD, "Line 1: method.reinforcement.grader: reference: {{item.answer}}: item has no answer."),
+        (OTHER_FIELD, "Give its rows the fields that the training file has."),
+    ],
+)
+def test_rows_of_the_validation_file_are_named_as_training_rows_are(store: Store, content: bytes, words: str) -> None:
+    """A field that only the training file had was the grader's fault."""
+    put_file(store, questions(12))
+    put_file(store, content, "file-b")
+    name = put_job(store, "file-a", **by(EQUAL))
+    working = dispatcher(store, FakeLauncher(), FakeModels())
+    for _ in range(2):
+        working.round()
+    error = store.job(name)["error"]
+    assert (error["code"], error["param"]) == ("invalid_validation_file", "validation_file")
+    assert words in error["message"]
+    assert str(store.folder) not in error["message"]
+
+
 def test_prompts_are_no_chats_to_learn_by_heart(store: Store) -> None:
     name = put_job(store, put_file(store, questions(12)))
     dispatcher(store, FakeLauncher(), FakeModels()).round()

@@ -23,7 +23,7 @@ from tunesmith.errors import InputError
 from tunesmith.generation import padded
 from tunesmith.generation.padded import GeneratedAnswer
 from tunesmith.inference import load as loading
-from tunesmith.models.forward import hidden_states
+from tunesmith.models.forward import hidden_at_targets
 from tunesmith.runs.folder import Run
 from tunesmith.serve import engine, served_model
 from tunesmith.serve.protocol import (
@@ -229,9 +229,9 @@ def test_reading_ends_after_the_batch_in_which_the_client_left(tmp_path: Path, m
         read.append(batch)
         if len(read) == 2:
             wanted.discard(1)
-        return hidden_states(model, batch)
+        return hidden_at_targets(model, batch)
 
-    monkeypatch.setattr(served_model, "hidden_states", counted)
+    monkeypatch.setattr(served_model, "hidden_at_targets", counted)
     registry = open_registry([str(folder)], root=Path("runs"), options=OPTIONS, note=lambda text: None)
     worker = Worker(registry, OPTIONS, SimpleQueue(), sent.append, wanted, limit=1 << 40)
     worker.take(0, "read", "encoder", texts, {})

@@ -182,7 +182,7 @@ def assert_odds_keep_their_digits(mean: float) -> None:
 def test_sums_of_long_answers_keep_their_digits(monkeypatch):
     """Float32 sums of 4,096 tokens would lose the difference of two answers that differ in the last one."""
     values = np.random.default_rng(0).uniform(-3, 0, 4096).astype(np.float32)
-    monkeypatch.setattr("tunesmith.models.forward.hidden_states", lambda model, batch: torch.zeros(4096, 1))
+    monkeypatch.setattr("tunesmith.models.forward.hidden_at_targets", lambda model, batch: torch.zeros(4096, 1))
     output: Any = SimpleNamespace(belongs_to=lambda model: True, log_probs=lambda *_: torch.tensor(values))
 
     def assert_exact(dtype: torch.dtype) -> None:

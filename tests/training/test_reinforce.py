@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,6 +123,8 @@ def test_a_step_tells_what_was_drawn_and_learnt(straight):
     assert f"pass@{num}" in [line.label for line in metric_lines(report)]
     first = next(event for event in run.events() if event.kind == "evaluation")
     assert f", pass@{num} " in metric_line(first, RunSeries.of(run.events()))
+    sides = [prompt[side] for prompt in report["drawn_answers"] for side in ("before", "after")]
+    assert {len(side["answers"]) for side in sides} == {2}, "reinforce.held_out_samples"
 
 
 def test_a_tiny_model_learns_a_dense_reward(tmp_path):
@@ -329,15 +330,15 @@ def test_the_distance_from_the_untouched_model_is_that_of_plain_passes(setup):
             logps_TV = setup.model(torch.tensor([ids])).logits[0, -num - 1 : -1].double().log_softmax(-1)
         return logps_TV.gather(1, torch.tensor(ids[-num:])[:, None]).sum().item()
 
-    store, rows, session = setup.rows.held_store, setup.rows.held_rows.tolist(), SimpleNamespace(setup=setup)
-    groups = setup.drawing.held_out(setup, store, rows)
-    assert graded._nats_away(session, groups) == [[0.0, 0.0]] * len(rows), "the adapter adds nothing yet"
+    store, rows, drawing = setup.rows.held_store, setup.rows.held_rows.tolist(), setup.drawing
+    groups = drawing.held_out(setup, store, rows)
+    assert graded._nats_away(setup, drawing, groups) == [[0.0, 0.0]] * len(rows), "the adapter adds nothing yet"
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in setup.attachment.trained.values():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=noise))
     setup.attachment.publish()
-    away = graded._nats_away(session, groups)
+    away = graded._nats_away(setup, drawing, groups)
     setup.model.eval()
     for group, nats in zip(groups, away, strict=True):
         for answer, found in zip(group.answers, nats, strict=True):

@@ -15,7 +15,7 @@ from tunesmith.cli.options import Json, Offline, Root, Settings, Target, named, 
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment.packages import install_command
 from tunesmith.environment.process import default_threads
-from tunesmith.errors import RecipeError
+from tunesmith.errors import InputError, RecipeError
 from tunesmith.phrases import plural, size
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.types import JsonObject
@@ -96,9 +96,23 @@ def findings() -> JsonObject:
         "threads": threads,
         "threads reason": why,
         "devices": _together(),
+        "grader code": _grader_code(),
         "disk free": _free_disk(),
         "extras": {name: all(map(find_spec, modules.split())) for name, (modules, _) in EXTRAS.items()},
     }
+
+
+def _grader_code() -> str:
+    """Whether code that comes as the text of a grader, or in answers, has a network here, or why it does not run."""
+    from tunesmith.graders.children import runs_offline
+
+    try:
+        is_offline = runs_offline()
+    except (InputError, OSError) as error:
+        return f"does not run: {error}"
+    if is_offline:
+        return "runs without network (graders python and unit_tests)"
+    return "runs with network: this system lets no ordinary program close it (graders python and unit_tests)"
 
 
 def _free_disk() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -216,20 +215,23 @@ def compare(
         sides = [_stored_side(name, root) for name in targets]
     else:
         options: dict[str, Any] = {"data": data, "task": task, "root": root, "offline": offline, "reading": reading}
-        measure = partial(_measured_side, **options, shown_notes=set())
-        sides = [measure(name, base=model if name in run_names else None) for name in targets]
+        shown: set[str] = set()
+        sides = [
+            _measured_side(name, base=model if name in run_names else None, shown_notes=shown, **options)
+            for name in targets
+        ]
     try:
         comparisons = compare_runs([side.rows for side in sides])
     except InputError as error:
         command = f"tunesmith compare {' '.join(targets)} --data FILE"
         raise InputError(f"{' and '.join(targets)}: {error} Or measure now: {command}") from error
     runs = [Run.open(name, root) for name in run_names]
-    settings = settings_that_differ(runs) if len(runs) == len(targets) else {}
+    differing = settings_that_differ(runs) if len(runs) == len(targets) else {}
     way_to_more = HOLD_OUT_MORE if data is None else MEASURE_MORE
     if len(targets) == 2:
-        _show_two(comparisons[0], targets, sides, settings, way_to_more, as_json=as_json)
+        _show_two(comparisons[0], targets, sides, differing, way_to_more, as_json=as_json)
     else:
-        _show_many(comparisons, targets, settings, way_to_more, as_json=as_json)
+        _show_many(comparisons, targets, differing, way_to_more, as_json=as_json)
     if out is not None:
         from tunesmith.evaluation.report.pages import as_html
         from tunesmith.evaluation.report.sections import comparison_page

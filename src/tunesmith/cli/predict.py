@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 READING = ("data.encoding", "data.suffixes", "data.limits", "data.columns")
 """Options that say how rows are read; a row that cannot be used has a line with its error, whatever others do."""
 
+ReadAs = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
+]
+
 
 def predict(
     target: Target,
@@ -73,10 +78,7 @@ def predict(
     base: Base = False,
     model: BaseAt = None,
     task: TaskOf = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
-    ] = None,
+    settings: ReadAs = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -104,9 +106,9 @@ def predict(
         _one(predictor, text, pair, bare)
     else:
         assert data is not None, "one of both was given"
-        settings: dict[str, Any] = {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite}
+        output: dict[str, Any] = {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite}
         with _as_file(data) as path:
-            counts = _file(predictor, path, out, say, settings, offline=offline, shown="stdin" if data == "-" else path)
+            counts = _file(predictor, path, out, say, output, offline=offline, shown="stdin" if data == "-" else path)
         _summarize(counts, out, say, as_json=as_json)
 
 

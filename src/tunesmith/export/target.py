@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.inference.load import has_token_types
-from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
+from tunesmith.models.forward import hidden_at_targets, logits_at_targets, sequence_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, HeadName, JsonObject, ModelKind
@@ -122,7 +122,7 @@ class TorchModel(ExportedModel):
         forward = sequence_logits if self.head == "sequence" else logits_at_targets
         with eval_mode(self.model):
             if self.head == "vector":
-                return hidden_states(self.model, batch)[batch.predict_N].float().cpu()
+                return hidden_at_targets(self.model, batch).float().cpu()
             return forward(self.model, batch).float().cpu()
 
 

@@ -23,8 +23,6 @@ LOAD_S = 60.0
 """Longest time that loading the code of a grader may take."""
 STARTING_GRACE_S = 10.0
 """Beyond the limit of a grade, which its process keeps by itself."""
-OFFLINE = (schema.Python, schema.UnitTests)
-"""Code of others, which gets no network."""
 KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONSAFEPATH")
 FIXED_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -41,9 +39,9 @@ class Children:
         self._all = [first]
         self.files: Mapping[str, str] = first.files
         """SHA-256 of the files that the grader is made of."""
-        self.offline = first.offline
+        self.offline: bool = first.offline
         """Whether its code has no network."""
-        self.closes_network = isinstance(grader, OFFLINE)
+        self.closes_network = isinstance(grader, schema.OfflineGrader)
         self._idle.put(first)
 
     def ask(self, request: Record, times: int = 1) -> Record:
@@ -73,6 +71,14 @@ class Children:
         self.files = {"": "closed"}  # which no process has: a grade under way gets none
         for child in list(self._all):  # a grade that ends so takes its own out
             child.end()
+
+
+def runs_offline() -> bool:
+    """Whether this system lets the code of an `OfflineGrader` run without network, as a process for one finds
+    out. Raises InputError where such code cannot run at all."""
+    children = Children(schema.UnitTests(type="unit_tests"))
+    children.close()
+    return children.offline
 
 
 class _Child:
@@ -156,7 +162,7 @@ def _to_load(grader: schema.LimitedGrader, folder: str) -> JsonObject:
     limits = {
         "seconds": grader.seconds,
         "memory_bytes": int(grader.memory_gib * 2**30),
-        "offline": isinstance(grader, OFFLINE),
+        "offline": isinstance(grader, schema.OfflineGrader),
     }
     if isinstance(grader, schema.UnitTests):
         return {"what": "tests", **limits}

@@ -18,6 +18,17 @@ from tunesmith.graders.templates import render
 from tunesmith.types import Record
 
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
+_SCHEMA = {
+    "name": "score",
+    "strict": True,
+    "schema": {
+        "type": "object",
+        "properties": {"steps": {"type": "array", "items": {"type": "string"}}, "result": {"type": "number"}},
+        "required": ["steps", "result"],
+        "additionalProperties": False,
+    },
+}
+"""Form of the judge's answer, for servers that keep an answer to a form."""
 
 
 def ask(
@@ -37,19 +48,6 @@ def ask(
     body = {"model": grader.model, "messages": [*messages, {"role": "user", "content": rule}], **params}
     body["response_format"] = {"type": "json_schema", "json_schema": _SCHEMA}
     return min(high, max(low, _number(_reply(grader, body, sleep))))
-
-
-_STEP = {"type": "string"}
-_SCHEMA = {
-    "name": "score",
-    "strict": True,
-    "schema": {
-        "type": "object",
-        "properties": {"steps": {"type": "array", "items": _STEP}, "result": {"type": "number"}},
-        "required": ["steps", "result"],
-        "additionalProperties": False,
-    },
-}
 
 
 def _reply(grader: ScoreModel, body: Record, sleep: Callable[[float], None]) -> Record:

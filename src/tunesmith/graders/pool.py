@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from threading import Lock
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +19,7 @@ from tunesmith.environment.process import num_cpus
 from tunesmith.errors import InputError
 from tunesmith.graders import formula, judge, remote, schema, texts
 from tunesmith.graders.children import Children
-from tunesmith.graders.grade import Answer, Grade, GradeError, Kind
+from tunesmith.graders.grade import Answer, Grade, GradeError
 from tunesmith.graders.templates import render
 from tunesmith.types import Record
 
@@ -135,36 +136,36 @@ class Pool:
     def _grade(self, key: str, sample: Record, item: Record) -> Grade:
         if key in self._kept:
             return self._kept[key]
-        start, is_unread = time.monotonic(), False
-        rewards, scores, left_out = dict[str, float](), dict[str, float](), dict[str, str]()
+        start = time.monotonic()
         try:
-            for name, part in self._parts.items():
-                try:
-                    of_part = self._of_part(name, part, sample, item, int(key[:15], 16))
-                except GradeError as error:
-                    if error.kind == "not_json":  # a fault of the answer, from which a model has to learn
-                        rewards[name], is_unread = getattr(part, "range", (0.0,))[0], True
-                        continue
-                    raise GradeError(error.kind, f"{name}: {error}" if name else str(error)) from None
-                before = f"{name}." if name else ""
-                rewards[name] = of_part.reward
-                scores |= {before + score: value for score, value in of_part.scores.items()}
-                left_out |= {before + score: value for score, value in of_part.left_out.items()}
-            reward = rewards[""] if self._formula is None else formula.compute(self._formula, rewards)
-            if abs(reward) > MOST_REWARD:
-                raise GradeError("not_a_number", f"a grade is a number up to {MOST_REWARD:g}, and this is {reward:g}")
-        except (GradeError, RecursionError) as error:
-            kind: Kind = "exception"
-            why = TOO_DEEP
-            if isinstance(error, GradeError):
-                kind, why = error.kind, str(error)
-            failed = Grade(None, {}, kind, why, seconds=time.monotonic() - start)
-            self._kept[key] = failed
-            return failed
-        scores |= {name: value for name, value in rewards.items() if name}
-        seconds = time.monotonic() - start
-        grade = self._kept[key] = Grade(reward, scores, left_out=left_out, is_unread=is_unread, seconds=seconds)
+            grade = self._made(sample, item, int(key[:15], 16))
+        except GradeError as error:
+            grade = Grade(None, kind=error.kind, error=str(error))
+        except RecursionError:
+            grade = Grade(None, kind="exception", error=TOO_DEEP)
+        self._kept[key] = grade = replace(grade, seconds=time.monotonic() - start)
         return grade
+
+    def _made(self, sample: Record, item: Record, seed: int) -> Grade:
+        """The grade by all parts of the grader. Raises GradeError, RecursionError."""
+        rewards, scores, left_out, is_unread = dict[str, float](), dict[str, float](), dict[str, str](), False
+        for name, part in self._parts.items():
+            try:
+                of_part = self._of_part(name, part, sample, item, seed)
+            except GradeError as error:
+                if error.kind == "not_json":  # a fault of the answer, from which a model has to learn
+                    rewards[name], is_unread = getattr(part, "range", (0.0,))[0], True
+                    continue
+                raise GradeError(error.kind, f"{name}: {error}" if name else str(error)) from None
+            before = f"{name}." if name else ""
+            rewards[name] = of_part.reward
+            scores |= {before + score: value for score, value in of_part.scores.items()}
+            left_out |= {before + score: value for score, value in of_part.left_out.items()}
+        reward = rewards[""] if self._formula is None else formula.compute(self._formula, rewards)
+        if abs(reward) > MOST_REWARD:
+            raise GradeError("not_a_number", f"a grade is a number up to {MOST_REWARD:g}, and this is {reward:g}")
+        scores |= {name: value for name, value in rewards.items() if name}
+        return Grade(reward, scores, left_out=left_out, is_unread=is_unread)
 
     def _of_part(self, name: str, part: schema.Single, sample: Record, item: Record, seed: int) -> _OfPart:
         if isinstance(part, schema.ScoreModel):

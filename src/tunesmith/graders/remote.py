@@ -1,5 +1,5 @@
 """A model at an OpenAI-compatible address: a request with a key, tried again where the server is busy, within
-its time and size. Judges and teachers are asked by it, and nothing else asks them."""
+its time and size. Judges and teachers are reached by it alone."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tunesmith.types import JsonObject, Record
 GRADER_SECONDS, JUDGE_SECONDS, MEMORY_GIB = 60.0, 120.0, 2.0
 MOST_SOURCE = 256 * 1024
 """Bytes of a Python grader's text."""
-_WORDS_OF_CORPUS = "it needs {what}. Take rouge_l, bleu or fuzzy_match, or compute it in a `python` grader."
+_NEEDS_MORE = "it needs {what}. Take rouge_l, bleu or fuzzy_match, or compute it in a `python` grader."
 RUN_PREFIX = "run:"
 REFUSED = {
     "label_model": "a judge that gives classes is not offered. Let a `score_model` grader give a number.",
@@ -57,7 +57,7 @@ class TextSimilarity(_Grader):
     def _refused(cls, value: Any) -> Any:
         what = {"cosine": "a second model that makes vectors", "meteor": "a corpus of synonyms"}.get(str(value))
         if what:
-            raise ValueError(f"{value}: {_WORDS_OF_CORPUS.format(what=what)}")
+            raise ValueError(f"{value}: {_NEEDS_MORE.format(what=what)}")
         return value
 
 
@@ -68,12 +68,14 @@ class _Limited(_Grader):
     memory_gib: float = Field(MEMORY_GIB, gt=0)
 
 
-class _Child(_Limited):
+class _Coded(_Limited):
+    """Base of graders that run code."""
+
     env: tuple[str, ...] = ()
     """Names of environment variables that the code gets; all others are hidden from it."""
 
 
-class Python(_Child):
+class Python(_Coded):
     type: Literal["python"]
     source: str = Field(max_length=MOST_SOURCE)
     image_tag: None = None
@@ -86,13 +88,13 @@ class Python(_Child):
         return value
 
 
-class Function(_Child):
+class Function(_Coded):
     type: Literal["function"]
     file: str
     function: str = "grade"
 
 
-class UnitTests(_Child):
+class UnitTests(_Coded):
     type: Literal["unit_tests"]
     seconds: float = Field(10.0, gt=0, le=3600)
     """Seconds of each test."""
@@ -213,7 +215,9 @@ class RewardRun(_Grader):
 
 TextGrader = StringCheck | TextSimilarity | Regex | Number | Length | JsonSchema
 """Compares the texts of an answer and of a row."""
-CodeGrader = Function | Python | UnitTests
+OfflineGrader = Python | UnitTests
+"""Runs code of others, in its own text or in answers: without network where the system allows that."""
+CodeGrader = Function | OfflineGrader
 """Runs code: its own, or the answer's."""
 LimitedGrader = CodeGrader | Regex | JsonSchema | TextSimilarity
 """Computes in a process of its own, within limits: code, and what long texts can keep busy."""
@@ -253,7 +257,14 @@ class Multi(_Grader):
 
 
 Grader = Single | Multi
-TYPES = tuple(str(name) for kind in get_args(Grader) for name in get_args(kind.model_fields["type"].annotation))
+
+
+def types_in(graders: Any) -> tuple[str, ...]:
+    """The value of `type` of each grader of a union."""
+    return tuple(str(name) for kind in get_args(graders) for name in get_args(kind.model_fields["type"].annotation))
+
+
+TYPES = types_in(Grader)
 _GRADER: TypeAdapter[Grader] = TypeAdapter(Annotated[Grader, Field(discriminator="type")])
 
 

@@ -18,7 +18,8 @@ from tunesmith.graders.texts import refuse_lacking
 from tunesmith.phrases import listed
 from tunesmith.types import JsonObject
 
-RUNS_CODE = ("python", "unit_tests")
+RUNS_CODE = schema.types_in(schema.OfflineGrader)
+"""Types that run code of clients."""
 OF_SERVER = ("function", "reward_run")
 """Types that name files of the server."""
 SERVERS_OPTIONS = ("address", "key_env", "env", "seconds", "memory_gib")

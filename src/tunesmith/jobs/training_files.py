@@ -120,11 +120,17 @@ def check_file(
 
 
 def _check_fields(grader: JsonObject, example: Example, which: str) -> None:
-    """Raise FileFault for a variable of the grader that a row lacks."""
+    """Raise FileFault for a variable of the grader that a row lacks. A validation file, whose training file
+    has it, is at fault itself."""
     try:
         graders.check_variables(graders.from_value(grader, place=GRADER), example.kept, GRADER)
     except InputError as error:
-        raise FileFault("invalid_grader", f"{FAILED.format(which=which)} {example.source}: {error}", GRADER) from None
+        line = f"Line {example.source.line}: {error}"
+        code, param = "invalid_grader", GRADER
+        if which == "validation":
+            line += " Give its rows the fields that the training file has."
+            code, param = "invalid_validation_file", "validation_file"
+        raise FileFault(code, f"{FAILED.format(which=which)} {line}", param, [line]) from None
 
 
 def row_fault(problems: Sequence[Problem], which: str) -> FileFault:

@@ -37,15 +37,15 @@ def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:
         with _attention_of(batch), _first_alone(model, batch):
             logits_BC: Tensor = model(**_inputs(model, batch)).logits
         return logits_BC
-    pooled: Tensor = model.score(hidden_states(model, batch)[batch.predict_N])  # type: ignore[operator]
+    pooled: Tensor = model.score(hidden_at_targets(model, batch))  # type: ignore[operator]
     return pooled
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """[B × T, D]: what the head reads."""
+def hidden_at_targets(model: nn.Module, batch: Batch) -> Tensor:
+    """[N, D] in the model's dtype: what the head reads at the position of each target."""
     with _attention_of(batch):
         hidden_BTD: Tensor = model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
-    return hidden_BTD.flatten(0, 1)
+    return hidden_BTD.flatten(0, 1)[batch.predict_N]
 
 
 def _inputs(model: nn.Module, batch: Batch) -> JsonObject:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.models.attention import AttentionTrace, packed_forward, use_packed_attention
-from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
+from tunesmith.models.forward import hidden_at_targets, logits_at_targets, sequence_logits
 from tunesmith.models.heads import head_of
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.segments import UnsupportedAttentionError
@@ -215,7 +215,7 @@ def _answers(
     if per_row:
         found_NV = sequence_logits(model, batch)
     elif head == "vector" or (causal and head != "next_token"):
-        found_NV = hidden_states(model, batch)[predict_N]
+        found_NV = hidden_at_targets(model, batch)
     else:
         found_NV = logits_at_targets(model, batch)
     if len(found_NV) != len(predict_N):

@@ -27,7 +27,7 @@ from tunesmith.generation.scheduler import PreparedRequest
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.predict import Done, Predictor
 from tunesmith.inference.rows import Line
-from tunesmith.models.forward import hidden_states
+from tunesmith.models.forward import hidden_at_targets
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.pooling import pool
 from tunesmith.recipe.schema import Limits
@@ -298,7 +298,7 @@ class Embedder:
             for members in make_micro_batches(range(len(rows)), lengths, **cut):
                 options: dict[str, Any] = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
                 batch = build_batch([rows[i] for i in members], range(len(members)), layout="padded", **options)
-                found_LD = pool(hidden_states(model, batch)[batch.predict_N], batch, self.pooling.kind)[:, :dimensions]
+                found_LD = pool(hidden_at_targets(model, batch), batch, self.pooling.kind)[:, :dimensions]
                 if self.pooling.normalizes:
                     found_LD = torch.nn.functional.normalize(found_LD, dim=-1)
                 vectors |= zip(members, found_LD.tolist(), strict=True)

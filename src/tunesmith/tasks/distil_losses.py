@@ -58,10 +58,10 @@ def _summed(
     model: nn.Module, batch: Batch, of_piece: OfPiece, output: OutputLayer | None, *, losses: list[Tensor] | None
 ) -> Tensor:
     from tunesmith.models.divergence import sum_of_logits
-    from tunesmith.models.forward import hidden_states, logits_at_targets
+    from tunesmith.models.forward import hidden_at_targets, logits_at_targets
 
     if output is not None and output.belongs_to(model):
-        return output.sum_of(hidden_states(model, batch)[batch.predict_N], of_piece, losses=losses).float()
+        return output.sum_of(hidden_at_targets(model, batch), of_piece, losses=losses).float()
     return sum_of_logits(logits_at_targets(model, batch), of_piece, losses).float()
 
 
@@ -93,12 +93,12 @@ def listed_measure(
 
 def _pieces(model: nn.Module, batch: Batch, output: OutputLayer | None) -> Iterator[tuple[slice, Tensor]]:
     """Logits of the targets, [N, V] a piece, and which these are."""
-    from tunesmith.models.forward import hidden_states, logits_at_targets
+    from tunesmith.models.forward import hidden_at_targets, logits_at_targets
 
     if output is None or not output.belongs_to(model):
         yield slice(None), logits_at_targets(model, batch)
         return
-    hidden_ND = hidden_states(model, batch)[batch.predict_N]
+    hidden_ND = hidden_at_targets(model, batch)
     for here in output.chunks(len(hidden_ND), trained=False):
         yield here, output.logits(hidden_ND[here])
 

@@ -54,11 +54,11 @@ def embed(model: nn.Module, batch: Batch, options: Embed) -> Tensor:
     """[L, D] float32, the vectors of a batch."""
     from torch.nn import functional as F
 
-    from tunesmith.models.forward import hidden_states
+    from tunesmith.models.forward import hidden_at_targets
     from tunesmith.models.pooling import pool
 
     assert options.pooling != "auto", "pooling is decided before a model is loaded"
-    vectors_LD = pool(hidden_states(model, batch)[batch.predict_N], batch, options.pooling)
+    vectors_LD = pool(hidden_at_targets(model, batch), batch, options.pooling)
     return F.normalize(vectors_LD, dim=-1) if options.normalize else vectors_LD
 
 

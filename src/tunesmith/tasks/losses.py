@@ -48,10 +48,10 @@ def token_loss_sum(
     `output`: the model's output layer if its shape allows computing the loss without
     the logits of all targets at once.
     """
-    from tunesmith.models.forward import hidden_states, logits_at_targets
+    from tunesmith.models.forward import hidden_at_targets, logits_at_targets
 
     if output is not None:
-        hidden_ND = hidden_states(model, batch)[batch.predict_N]
+        hidden_ND = hidden_at_targets(model, batch)
         smoothing, z = loss.label_smoothing, loss.z_loss
         return output.loss_sum(hidden_ND, batch.targets_N, smoothing=smoothing, z=z, losses=batch.losses).float()
     return _sum(batch, target_losses(logits_at_targets(model, batch), batch.targets_N, loss))
@@ -69,13 +69,13 @@ def token_measure(model: nn.Module, batch: Batch, output: OutputLayer | None = N
     """
     import torch
 
-    from tunesmith.models.forward import hidden_states, logits_at_targets
+    from tunesmith.models.forward import hidden_at_targets, logits_at_targets
 
     with torch.no_grad():
         if output is None or not output.belongs_to(model):
             logits_NV = logits_at_targets(model, batch)
             return Measured(losses_N=target_losses(logits_NV, batch.targets_N), outputs_N=logits_NV.argmax(-1))
-        hidden_ND = hidden_states(model, batch)[batch.predict_N]
+        hidden_ND = hidden_at_targets(model, batch)
         size = output.chunk_size(trained=False)
         losses, outputs = [], []
         for hidden, targets in zip(torch.split(hidden_ND, size), torch.split(batch.targets_N, size), strict=True):

@@ -47,10 +47,10 @@ Seen = MutableMapping[int, "Tensor"]
 def log_probs(model: nn.Module, batch: Batch, temperature: float, output: OutputLayer | None) -> Tensor:
     """[N] float32, log π of each target, with gradient. As the sampler does, logits are divided by the
     temperature in float32, after the model has rounded them."""
-    from tunesmith.models.forward import hidden_states, logits_at_targets
+    from tunesmith.models.forward import hidden_at_targets, logits_at_targets
 
     if output is not None and output.belongs_to(model):
-        hidden_ND = hidden_states(model, batch)[batch.predict_N]
+        hidden_ND = hidden_at_targets(model, batch)
         return output.log_probs(hidden_ND, batch.targets_N, temperature=temperature)
     logits_NV = logits_at_targets(model, batch).float() / temperature
     return logits_NV.log_softmax(-1).gather(1, batch.targets_N[:, None])[:, 0]

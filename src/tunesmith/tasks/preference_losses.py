@@ -137,12 +137,12 @@ def line_logps(model: nn.Module, batch: Batch, output: OutputLayer | None) -> tu
     [L] their number; float64."""
     import torch
 
-    from tunesmith.models.forward import hidden_states, logits_at_targets
+    from tunesmith.models.forward import hidden_at_targets, logits_at_targets
     from tunesmith.models.pooling import count_each
     from tunesmith.tasks.losses import target_losses
 
     if output is not None and output.belongs_to(model):
-        logp_N = output.log_probs(hidden_states(model, batch)[batch.predict_N], batch.targets_N)
+        logp_N = output.log_probs(hidden_at_targets(model, batch), batch.targets_N)
     else:
         logp_N = -target_losses(logits_at_targets(model, batch), batch.targets_N)
     assert batch.line_of_N is not None, "rows of preferences have branches"

@@ -10,15 +10,18 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.dataset import RowStore
 from tunesmith.errors import UngradedError
 from tunesmith.evaluation.graded_scores import graded_result
 from tunesmith.evaluation.scores import RowResult
 from tunesmith.graders.prompts import reference_of
 from tunesmith.phrases import plural
 from tunesmith.recipe.schema import resolved
-from tunesmith.training.draw import failed_grades, first_failure
+from tunesmith.training.draw import Drawing, failed_grades, first_failure
 from tunesmith.training.groups import Group
 from tunesmith.training.progress import Session
+from tunesmith.training.setup import Setup
+from tunesmith.types import JsonObject
 
 
 def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[RowResult]]:
@@ -35,7 +38,7 @@ def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[Ro
     drawing.kept.flush()
     results = [
         (group.row, result)
-        for group, nats in zip(groups, _nats_away(session, groups), strict=True)
+        for group, nats in zip(groups, _nats_away(setup, drawing, groups), strict=True)
         if (result := graded_result(int(store.hashes[group.row]), group.records(), options.passes, nats)) is not None
     ]
     failed = failed_grades(groups)
@@ -48,15 +51,14 @@ def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[Ro
         session.emit("note", {"text": text})
     evaluation = setup.recipe.evaluation
     num_shown = evaluation.samples_on_the_way if name == "step" else resolved(evaluation.samples)
-    _show(session, name, groups[:num_shown])
+    for index, group in enumerate(groups[:num_shown]):
+        session.emit("sample", {"name": name, "index": index, **_sample(drawing, store, group)})
     return np.array([row for row, _ in results], np.int64), [result for _, result in results]
 
 
-def _nats_away(session: Session, groups: list[Group]) -> list[list[float]]:
+def _nats_away(setup: Setup, drawing: Drawing, groups: list[Group]) -> list[list[float]]:
     """log π − log π_ref of each answer of each group, π_ref the untouched model: its mean over drawn answers is
     the divergence KL(π ‖ π_ref) of whole answers. Empty lists where the method keeps no untouched model."""
-    setup, drawing = session.setup, session.setup.drawing
-    assert drawing is not None, "its rows are prompts"
     if not setup.attachment.keeps_base:
         return [[] for _ in groups]
     view = drawing.everything(replace(setup, store=setup.rows.held_store), groups)
@@ -68,18 +70,14 @@ def _nats_away(session: Session, groups: list[Group]) -> list[list[float]]:
     return [[next(nats) for _ in group.answers] for group in groups]
 
 
-def _show(session: Session, name: str, groups: list[Group]) -> None:
-    """The first answer to each of these prompts, for a person to read."""
-    drawing, store = session.setup.drawing, session.setup.rows.held_store
-    assert drawing is not None, "its rows are prompts"
-    for index, group in enumerate(groups):
-        example = drawing.prompts[store][group.row]
-        reference = reference_of(example.kept)
-        values = {
-            "prompt": example.parts[-1].text,
-            "reference": "" if reference is None else reference.text,
-            "answer": group.answers[0].text,
-            "stopped": group.answers[0].ended,
-            "source": str(example.source),
-        }
-        session.emit("sample", {"name": name, "index": index, **values})
+def _sample(drawing: Drawing, store: RowStore, group: Group) -> JsonObject:
+    """A prompt with the first answer to it, for a person to read."""
+    example = drawing.prompts[store][group.row]
+    reference = reference_of(example.kept)
+    return {
+        "prompt": example.parts[-1].text,
+        "reference": "" if reference is None else reference.text,
+        "answer": group.answers[0].text,
+        "stopped": group.answers[0].ended,
+        "source": str(example.source),
+    }

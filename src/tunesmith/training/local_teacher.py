@@ -23,7 +23,7 @@ from tunesmith.data.teacher_rows import MOST_IDS
 from tunesmith.errors import RecipeError
 from tunesmith.generation.draws import DrawnAnswer
 from tunesmith.inference.load import LoadedModel, load_any
-from tunesmith.models.forward import hidden_states, logits_at_targets
+from tunesmith.models.forward import hidden_at_targets, logits_at_targets
 from tunesmith.models.fused_loss import OutputLayer, find_output_layer
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import eval_mode
@@ -109,7 +109,7 @@ class LocalTeacher(Teacher):
 
     def _hidden_of(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """[N, D]"""
-        return hidden_states(model, batch)[batch.predict_N]
+        return hidden_at_targets(model, batch)
 
     def _lists_of(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """[N, C], from the logits of some targets at a time."""

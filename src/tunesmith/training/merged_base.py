@@ -19,7 +19,7 @@ from tunesmith.data.row_targets import write_targets
 from tunesmith.errors import RunError
 from tunesmith.inference.load import LoadedModel, load_run
 from tunesmith.inference.measure import feed, masked_share
-from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
+from tunesmith.models.forward import hidden_at_targets, logits_at_targets, sequence_logits
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.resolve_model import ModelRef
@@ -167,7 +167,7 @@ def _answers(loaded: LoadedModel, collator: Collator | None, rows: list[int]) ->
         batch = collator.batch([row], step=0)
         with eval_mode(loaded.model):
             if loaded.head == "vector":
-                logits_NV = hidden_states(loaded.model, batch)[batch.predict_N]
+                logits_NV = hidden_at_targets(loaded.model, batch)
             else:
                 forward = sequence_logits if loaded.head == "sequence" else logits_at_targets
                 logits_NV = forward(loaded.model, batch)

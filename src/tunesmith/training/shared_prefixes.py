@@ -17,7 +17,7 @@ from tunesmith.data.prefixes import prefix_keys, share_prefixes, stretches
 from tunesmith.data.sampler import StepSampler
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS
-from tunesmith.models.forward import hidden_states
+from tunesmith.models.forward import hidden_at_targets
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES
 from tunesmith.models.segments import UnsupportedAttentionError
@@ -179,7 +179,7 @@ def _answer(model: PreTrainedModel, batch: Batch, prefix: int) -> tuple[Tensor, 
         return embedded[-1]
 
     with model.get_input_embeddings().register_forward_hook(keep):
-        hidden_ND = hidden_states(model, batch)[batch.predict_N].float()
+        hidden_ND = hidden_at_targets(model, batch).float()
     weights_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(0)).to(hidden_ND)
     (grad_1TD,) = torch.autograd.grad(hidden_ND, embedded, weights_ND)
     sums_TD = grad_1TD.new_zeros(max(batch.lengths), grad_1TD.shape[-1], dtype=torch.float32)

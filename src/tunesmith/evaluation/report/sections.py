@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from tunesmith.evaluation.report.values import MOST_ROWS_LISTED, label_text, tar
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, one_line, option, percent, plural, size
 from tunesmith.runs.folder import Run
-from tunesmith.types import Record
+from tunesmith.types import REWARD_KEY, Record
 
 MOST_MATRIX = 12
 """Most classes whose confusion matrix is shown; of more, the pairs that are confused most."""
@@ -97,6 +98,7 @@ def make_page(run: Run, series: RunSeries, report: Record) -> Page:
         ("training", "Training"): _training(series, report),
         ("details", "Right and wrong"): _outcomes(report["details"]["after"]),
         ("answers", "Answers"): _answers(report),
+        ("drawn", "Prompts with all answers"): _drawn_answers(report),
         ("flips", "Rows that flipped" if report["flips"] else "Rows that got worse"): _changed_rows(report),
         ("surprising", "High-loss training rows"): _high_loss(report),
         ("general", "General ability"): _general(report["general"]),
@@ -249,6 +251,34 @@ def _answers(report: Record) -> Iterator[Block | Table]:
         cells += [Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after")]
         rows.append(cells)
     yield Table(columns, rows, "rows answered stack", shown=MOST_ROWS_LISTED)
+
+
+def _drawn_answers(report: Record) -> Iterator[Block | Table]:
+    """Prompts of task reinforce with all their answers: in a line the two that the same random numbers drew."""
+    prompts = report.get("drawn_answers", ())  # which earlier versions did not keep
+    if not prompts:
+        return
+    yield Block(
+        "paragraph",
+        "The held-out prompts with the lowest, the median and the highest change of their mean reward, and every "
+        "answer that was drawn to them. Answers in one line were drawn by the same random numbers.",
+    )
+    columns = [Column("before"), Column("reward before", "number"), Column("after"), Column("reward after", "number")]
+    for prompt in prompts:
+        means = [METRICS[REWARD_KEY].text(prompt[side]["reward"]) for side in ("before", "after")]
+        yield Block("heading", f"Mean reward {' → '.join(means)}")
+        yield Block("answers", [{"source": prompt["source"], "prompt": prompt["prompt"]}])
+        pairs = zip_longest(*(prompt[side]["answers"] for side in ("before", "after")))
+        rows = [[cell for answer in pair for cell in _drawn_answer(answer)] for pair in pairs]
+        yield Table(columns, rows, "rows stack")
+
+
+def _drawn_answer(answer: Record | None) -> list[Cell]:
+    """The text of an answer and its reward; empty cells where a side has drawn fewer."""
+    if answer is None:
+        return [Cell(""), Cell("")]
+    reward = "none" if answer[REWARD_KEY] is None else f"{answer[REWARD_KEY]:.4g}".replace("-", "−")
+    return [Cell(answer["text"]), Cell(reward, "" if answer["ended"] else "cut at the limit")]
 
 
 def _changed_rows(report: Record) -> Iterator[Block | Table]:

@@ -23,6 +23,7 @@ from tunesmith.evaluation.compare import (
 )
 from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of, is_restated
 from tunesmith.evaluation.report.advice import try_next
+from tunesmith.evaluation.report.drawn_answers import telling_prompts
 from tunesmith.evaluation.scores import ANSWER_SCORES, RowResult, are_short, by_key, is_short, sureness
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, plural
@@ -68,6 +69,7 @@ def build(run: Run, series: RunSeries, facts: Record, progress: Record) -> JsonO
         },
         "flips": flipped,
         "worse_rows": regressions(before, after) if flipped is None else [],
+        "drawn_answers": telling_prompts(before, after),
         "surprising": _optional(run, "evaluation/surprising.json", {"looked_at": 0, "rows": []}),
         "general": _general_ability(series),
     }
