@@ -15,7 +15,7 @@ ROOMS = {
         1_430,
         "the Python interface, the types that travel, errors with ways out as options, numbers as text",
     ),
-    "cli": (4_965, "twenty-two commands, what they print and what they refuse"),
+    "cli": (4_970, "twenty-two commands, what they print and what they refuse"),
     "data": (10_650, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
     "environment": (
         320,

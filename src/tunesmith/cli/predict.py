@@ -47,6 +47,16 @@ ReadAs = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
 ]
 
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Least probability of a class where a row has any number of them (default: 0.5), or of the second of two "
+        "classes.",
+    ),
+]
+
 
 def predict(
     target: Target,
@@ -65,15 +75,7 @@ def predict(
         list[str] | None,
         typer.Option(metavar="COLUMN[,COLUMN]", help="Columns of the data to copy into the output, such as an id."),
     ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Least probability of a class where a row has any number of them (default: 0.5), or of the second of "
-            "two classes.",
-        ),
-    ] = None,
+    threshold: Threshold = None,
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
     base: Base = False,
     model: BaseAt = None,
