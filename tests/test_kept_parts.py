@@ -28,7 +28,7 @@ from tunesmith.models.cuda_attention import AttentionCase, AttentionKernel, choo
 from tunesmith.models.segments import AttentionOptions, Segment, Segments
 from tunesmith.planning import devices
 from tunesmith.recipe.docs import flat
-from tunesmith.recipe.schema import Reading
+from tunesmith.recipe.schema import Limits, Reading
 from tunesmith.training import same_run
 from tunesmith.training.setup import Setup, prepare
 
@@ -50,6 +50,8 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "--keep": {"keep": ("id",)},
     "rows": {"rows": "other"},
     "name of their file": {"name": "b.jsonl"},
+    "their encoding": {"encoding": "cp1252"},
+    "their limits": {"limits": Limits(line_bytes=9)},
 }
 
 
@@ -57,11 +59,14 @@ def identity_of_answers(folder: Path, **changes: Any) -> dict[str, str]:
     """Of a call of predict, with one thing changed."""
     now = {"base": "a", "adapter": "a", "task": "chat", "precision": "float32", "renderer": "a", "packed": "",
            "max_tokens": 100, "prompt": "", "date": "2026-01-01", "new_tokens": 8, "threshold": 0.5, "bare": False,
-           "keep": (), "rows": "rows", "name": "a.jsonl", **changes}  # fmt: skip
+           "keep": (), "rows": "rows", "name": "a.jsonl", "encoding": "auto",
+           "limits": Limits(), **changes}  # fmt: skip
     (folder / "adapter").mkdir(exist_ok=True)
     (folder / "adapter" / "weights").write_text(now["adapter"])
     (folder / now["name"]).write_text(now["rows"])
-    data = SimpleNamespace(max_tokens=now["max_tokens"], prompt=now["prompt"], reading=Reading())
+    data = SimpleNamespace(
+        max_tokens=now["max_tokens"], prompt=now["prompt"], reading=Reading(now["encoding"]), limits=now["limits"]
+    )
     loaded: Any = SimpleNamespace(
         base_hashes={"weights": now["base"]},
         result=folder / "adapter",
