@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import (
-    READING,
+    MEASURED_KEYS,
     Base,
     BaseAt,
     Json,
+    MeasuredAs,
     Offline,
     Root,
     Target,
@@ -42,13 +43,6 @@ if TYPE_CHECKING:
 
     from tunesmith.evaluation.compare import Comparison, Difference
     from tunesmith.inference.measure import EvaluationResult
-
-MEASURED = (*READING, "data.columns")
-"""Options that say how rows are read which are measured."""
-MeasuredAs = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(MEASURED)}. Repeatable."),
-]
 
 
 def evaluate(
@@ -88,7 +82,7 @@ def evaluate(
                 file.writelines(to_json(line) + b"\n" for line in lines)
 
     options: dict[str, Any] = {"root": root, "base": base, "model": model, "task": task, "offline": offline}
-    options["reading"] = reading_options(settings, MEASURED)
+    options["reading"] = reading_options(settings, MEASURED_KEYS)
     result = evaluate_target(target, data, samples=samples, judge=judge, keep=keep, **options)
     if as_json:
         values = {"task": result.task, "rows": result.num_rows, "trained_on": result.num_trained}
@@ -207,7 +201,7 @@ def compare(
     targets = [named(target, root) for target in targets]
     run_names = [name for name in targets if is_run(name, root)]
     _refuse_incomparable(targets, run_names, data, model, out, settings)
-    reading = reading_options(settings, MEASURED)
+    reading = reading_options(settings, MEASURED_KEYS)
     task = None
     if run_names and (data is not None or out is not None):
         task = Run.open(run_names[0], root).recipe().task
@@ -309,7 +303,7 @@ def _stored_side(name: str, root: Path) -> _Side:
     from tunesmith.evaluation.report.values import kept_report
 
     run = Run.open(name, root)
-    rows_path, answers_path = (run.path / "evaluation" / name for name in ("after.jsonl", "answers-after.jsonl"))
+    rows_path, answers_path = (run.path / "evaluation" / file for file in ("after.jsonl", "answers-after.jsonl"))
     if not rows_path.exists():
         raise RunError(
             f"{run.path}: it has not measured held-out rows: no {rows_path.name} in its folder evaluation. "

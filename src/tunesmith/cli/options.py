@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,12 +61,21 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Set any option of the recipe: --set method.rank=8. Repeatable."),
 ]
 
-READING = ("data.encoding", "data.suffixes", "data.bad_rows", "data.limits")
+READ_KEYS = ("data.encoding", "data.suffixes", "data.bad_rows", "data.limits")
 """Options that say how rows are read."""
-ReadAs = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
-]
+MEASURED_KEYS = (*READ_KEYS, "data.columns")
+"""The same for rows that are measured."""
+PREDICTED_KEYS = tuple(key for key in MEASURED_KEYS if key != "data.bad_rows")
+"""The same for rows that are predicted: one that cannot be used has a line with its error in any case."""
+
+
+def _set_of(keys: Sequence[str]) -> Any:
+    return typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(keys)}. Repeatable.")
+
+
+ReadAs = Annotated[list[str] | None, _set_of(READ_KEYS)]
+MeasuredAs = Annotated[list[str] | None, _set_of(MEASURED_KEYS)]
+PredictedAs = Annotated[list[str] | None, _set_of(PREDICTED_KEYS)]
 
 Grader = Annotated[
     str | None,
@@ -363,9 +372,9 @@ def refuse_unusable(
         raise DataError(f"{data}: no row of it can be used. Correct it, or name its columns.", problems)
 
 
-def reading_options(settings: Sequence[str] | None, allowed: tuple[str, ...] = READING) -> JsonObject:
-    """The options of `data` that `--set` of a command gives which reads rows and trains nothing. Raises InputError
-    for options that are not `allowed`."""
+def reading_options(settings: Sequence[str] | None, allowed: tuple[str, ...] = READ_KEYS) -> JsonObject:
+    """The options of `data` from `--set` of a command that reads rows and trains nothing. Raises InputError for
+    options that are not `allowed`."""
     from tunesmith.recipe.load import load
 
     for setting in settings or ():

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import (
+    PREDICTED_KEYS,
     Base,
     BaseAt,
     Json,
     Offline,
+    PredictedAs,
     Root,
     Target,
     TaskOf,
@@ -38,14 +40,6 @@ if TYPE_CHECKING:
 
     from tunesmith.inference.predict import Predictor
     from tunesmith.inference.rows import Counts
-
-READING = ("data.encoding", "data.suffixes", "data.limits", "data.columns")
-"""Options that say how rows are read; a row that cannot be used has a line with its error, whatever others do."""
-
-ReadAs = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help=f"How rows are read: {', '.join(READING)}. Repeatable."),
-]
 
 Threshold = Annotated[
     float | None,
@@ -80,7 +74,7 @@ def predict(
     base: Base = False,
     model: BaseAt = None,
     task: TaskOf = None,
-    settings: ReadAs = None,
+    settings: PredictedAs = None,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -94,7 +88,7 @@ def predict(
     _refuse_mixed(data, text, pair, keep, out)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
-    reading = reading_options(settings, READING)
+    reading = reading_options(settings, PREDICTED_KEYS)
     refuse_unreadable([data] if data not in (None, "-") else [], reading_of(target, root, reading))
     refuse_missing(target, root, offline=offline)
     screen = console(stderr=True)
