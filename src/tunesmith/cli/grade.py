@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -193,8 +193,8 @@ def _show(
 def _bounds(
     keep: str | None, out: Path | None, model: str | None, page: Path | None, overwrite: bool, *, best: bool
 ) -> tuple[float, float] | None:
-    """The bounds of the mean reward of rows that are kept: of --keep, or with --keep-best alone none. Raises
-    InputError for options that do not go together, and a page that is none."""
+    """The least and the greatest mean reward of rows that are kept, infinite with --keep-best alone; None: no
+    rows are kept. Raises InputError for options that do not go together, and a --page that is no page."""
     if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.parent.is_dir()):
         raise InputError(f"--page {page}: has to be FILE.html in a folder that exists. Choose another name.")
     if keep is None and out is None and not best:
@@ -299,20 +299,17 @@ def _keep(
     rewards = by_row(of_model)
     chosen = [i for i, group in rewards.items() if low <= mean(group) <= high]
     items: list[Record] = [prompts[i].item for i in chosen]
-    words = "are" if math.isinf(high) else f"have a mean reward from {low:g} to {high:g} and are"
+    within = "" if math.isinf(high) else f"have a mean reward from {low:g} to {high:g} and "
+    verb = "are"
     if best:
-        winners = {i: winner for i in chosen if (winner := _winner(entry for entry in of_model if entry.row == i))}
-        items = [_chat_of(prompts[i], winner.answer) for i, winner in winners.items()]
-        words = f"{words.removesuffix('are')}have an answer that ended: the best of each is"
+        ended = [entry for entry in of_model if entry.answer.ended and entry.grade.reward is not None]
+        ended.sort(key=lambda entry: entry.grade.reward or 0.0, reverse=True)
+        winners = {entry.row: entry.answer for entry in reversed(ended)}  # the first of the highest reward
+        items = [_chat_of(prompts[i], winners[i]) for i in chosen if i in winners]
+        verb = "have an answer that ended: the best of each is"
     with writing(out) as file:  # plain JSON: a text such as "NaN" stays as the row has it
         file.writelines(orjson.dumps(item, default=str, option=orjson.OPT_APPEND_NEWLINE) for item in items)
-    say(f"{len(items):,} of {plural(len(prompts), 'row')} {words} in {out}")
-
-
-def _winner(entries: Iterable[Graded]) -> Graded | None:
-    """The first answer of the highest reward, of those that ended; None: there is none."""
-    ended = [entry for entry in entries if entry.answer.ended and entry.grade.reward is not None]
-    return max(ended, key=lambda entry: entry.grade.reward or 0.0, default=None)
+    say(f"{len(items):,} of {plural(len(prompts), 'row')} {within}{verb} in {out}")
 
 
 def _chat_of(prompt: Prompt, answer: Answer) -> Record:
