@@ -19,6 +19,7 @@ from tunesmith.evaluation.metrics import METRICS
 from tunesmith.recipe import load, yaml_io
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
+from tunesmith.tasks import TASKS
 from tunesmith.types import REWARD_KEY, JsonObject, Record
 
 MOST_TRIALS = 1000
@@ -177,10 +178,11 @@ def _checked_base(path: Path, given: Record) -> Recipe:
 
 
 def _usual_metric(base: Recipe, axes: Record) -> str:
-    """Key of the measure that ranks trials where the base names none: the reward where answers are graded, whose
-    loss is the reward turned round, and otherwise the loss."""
-    varied = {key.partition(".")[0] for key in axes}
-    is_graded = base.task == "reinforce" or base.reinforce.grader is not None or "reinforce" in varied
+    """Key of the measure that ranks trials where the base names none: the reward where answers are graded, since
+    their loss is only minus the reward, and otherwise the loss."""
+    graded = {task.name for task in TASKS.values() if task.samples}
+    sections = {key.partition(".")[0] for key in axes}  # a section of one task has its name
+    is_graded = base.reinforce.grader is not None or graded & {base.task, *sections}
     return REWARD_KEY if is_graded else "loss"
 
 

@@ -14,7 +14,7 @@ RowsByKey = Mapping[tuple[str, int], RowResult]
 
 def telling_prompts(before: RowsByKey, after: RowsByKey) -> list[JsonObject]:
     """The prompts with the lowest, the median and the highest change of their mean reward, in this order, each as
-    {"source", "prompt", "before", "after"}; a side is {"reward", the mean, "answers", in the order of their draw}.
+    {"source", "prompt", "before", "after"}. A side has the mean "reward", and "answers" in the order of their draw.
 
     Fewer where fewer prompts have rewards on both sides; none where rows are no prompts.
     """
@@ -23,7 +23,7 @@ def telling_prompts(before: RowsByKey, after: RowsByKey) -> list[JsonObject]:
         if MARK in before[key] and MARK in after[key]:
             sides = {"before": _side(before[key]), "after": _side(after[key])}
             prompts.append({"source": after[key]["source"], "prompt": after[key]["text"], **sides})
-    prompts.sort(key=lambda prompt: (prompt["after"]["reward"] - prompt["before"]["reward"], prompt["source"]))
+    prompts.sort(key=lambda prompt: (prompt["after"][REWARD_KEY] - prompt["before"][REWARD_KEY], prompt["source"]))
     places = sorted({0, len(prompts) // 2, len(prompts) - 1}) if prompts else []
     return [prompts[place] for place in places]
 
@@ -31,4 +31,4 @@ def telling_prompts(before: RowsByKey, after: RowsByKey) -> list[JsonObject]:
 def _side(row: RowResult) -> JsonObject:
     answers: Sequence[JsonObject] = row["answers"]
     shown = [{key: answer[key] for key in ("text", REWARD_KEY, "ended")} for answer in answers]
-    return {"reward": mean(row[MARK]), "answers": shown}
+    return {REWARD_KEY: mean(row[MARK]), "answers": shown}
