@@ -4,8 +4,9 @@ from itertools import combinations
 
 import pytest
 
-from tunesmith.evaluation.compare import compare_rows
+from tunesmith.evaluation.compare import compare_rows, compare_runs
 from tunesmith.evaluation.graded_scores import graded_notes, graded_result, repeats
+from tunesmith.evaluation.report.sections import comparison_table
 from tunesmith.evaluation.scores import kind_of, score
 
 
@@ -64,6 +65,10 @@ def test_pass_k_has_one_k_whatever_failed():
     compared = compare_rows(before, fewer).metrics["pass_k"]
     assert compared.a == pytest.approx(0.5)  # two of four answers, as the other side has
     assert compared.b == 1.0
+    three = compare_runs([before, after, fewer])
+    assert [comparison.drawn for comparison in three] == [2, 2]
+    assert three[0].metrics["pass_k"].a == pytest.approx(0.5)
+    assert "pass@2" in [column.title for column in comparison_table(["a", "b", "c"], three).columns]
     assert "pass_k" not in score([row(1, 1.0, None), row(2, None, 0.0)])[0]
 
 

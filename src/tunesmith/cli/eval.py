@@ -265,7 +265,7 @@ def _show_many(
             for name, comparison in zip(names[1:], comparisons, strict=True)
         ]
         values = {"a": names[0], "runs": runs, "notes": [*notes, *cautions], "settings": settings}
-        json_line({"kind": "compare", "rows": num_rows, **values})
+        json_line({"kind": "compare", "rows": num_rows, "drawn": comparisons[0].drawn, **values})
         return
     from tunesmith.evaluation.report.sections import comparison_table
 
@@ -351,6 +351,7 @@ def _two_values(
         "a": names[0],
         "b": names[1],
         "rows": comparison.num_rows,
+        "drawn": comparison.drawn,
         "are_documents": comparison.are_documents,
         "only_a": comparison.only_a,
         "only_b": comparison.only_b,
@@ -423,7 +424,7 @@ def _show_two(
     screen.print(visible(f"A is {names[0]}, B is {names[1]}; {what}"))
     for note in notes:
         screen.print(note)
-    _print_metrics(screen, comparison.metrics)
+    _print_metrics(screen, comparison.metrics, comparison.drawn)
     for sentence in cautions:
         screen.print(visible(sentence))
     if num_answers:
@@ -442,10 +443,10 @@ def _show_two(
     _print_settings(screen, names, settings)
 
 
-def _print_metrics(screen: Console, metrics: Mapping[str, Difference]) -> None:
+def _print_metrics(screen: Console, metrics: Mapping[str, Difference], drawn: int | None = None) -> None:
     rows = []
     for key, change in metrics.items():
-        info = info_of(key)
+        info = info_of(key, drawn)
         rows.append([info.label, info.text(change.a), info.text(change.b), info.worth(change.as_change())])
     print_table(screen, ["metric", "A", "B", "B − A"], rows)
 

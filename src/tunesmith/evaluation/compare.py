@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.errors import InputError
 from tunesmith.evaluation.bootstrap import Interval, Statistic, paired_intervals, ratio, rows_behind, value_of
 from tunesmith.evaluation.branch_scores import HABITS, by_bm25, column
-from tunesmith.evaluation.graded_scores import with_one_k
+from tunesmith.evaluation.graded_scores import least_drawn, with_one_k
 from tunesmith.evaluation.metrics import FEW_ROWS, FEWEST_ROWS, info_of
 from tunesmith.evaluation.scores import (
     ANSWER_SCORES,
@@ -108,6 +108,8 @@ class Comparison:
     """Rows (of A, of B) on which B is better, clearest first: right instead of wrong, or of lower loss."""
     lost: list[tuple[RowResult, RowResult]]
     """Rows on which B is worse, clearest first."""
+    drawn: int | None
+    """Answers to each prompt that count, the k of pass@k; None: rows are not graded prompts."""
 
     @property
     def num_ties(self) -> int:
@@ -169,6 +171,7 @@ def compare_rows(
         metrics=metrics,
         won=[(a[i], b[i]) for i in order if gains_I[i] > 0],
         lost=[(a[i], b[i]) for i in order if gains_I[i] < 0],
+        drawn=least_drawn(a) if kind == "graded" else None,
     )
 
 
@@ -195,6 +198,8 @@ def compare_runs(sides: Sequence[Sequence[RowResult]]) -> list[Comparison]:
     if not shared:
         raise InputError(f"the {len(sides)} evaluations have no row that is in all of them. Measure all on one file.")
     shared_rows = [[row for key, row in keyed(rows) if key in shared] for rows in sides]
+    if all(kind_of(row) == "graded" for rows in shared_rows for row in rows):
+        shared_rows = with_one_k(shared_rows)
     in_order = [list(by_key(rows).values()) for rows in shared_rows]
     are_ranks = kind_of(shared_rows[0][0]) == "ranks"
     (first, *others), note = _in_one_pool(in_order) if are_ranks else (shared_rows, "")

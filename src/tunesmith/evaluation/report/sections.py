@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.environment.version import __version__
-from tunesmith.evaluation.compare import Comparison, Difference
+from tunesmith.evaluation.compare import Comparison
 from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
 from tunesmith.evaluation.report import values
 from tunesmith.evaluation.report.advice import next_command
@@ -254,7 +254,7 @@ def _answers(report: Record) -> Iterator[Block | Table]:
 
 
 def _drawn_answers(report: Record) -> Iterator[Block | Table]:
-    """Prompts of task reinforce with all their answers: in a line the two that the same random numbers drew."""
+    """Prompts of task reinforce with all their answers. A line has the two that the same random numbers drew."""
     prompts = report.get("drawn_answers", ())  # which earlier versions did not keep
     if not prompts:
         return
@@ -265,7 +265,7 @@ def _drawn_answers(report: Record) -> Iterator[Block | Table]:
     )
     columns = [Column("before"), Column("reward before", "number"), Column("after"), Column("reward after", "number")]
     for prompt in prompts:
-        means = [METRICS[REWARD_KEY].text(prompt[side]["reward"]) for side in ("before", "after")]
+        means = [METRICS[REWARD_KEY].text(prompt[side][REWARD_KEY]) for side in ("before", "after")]
         yield Block("heading", f"Mean reward {' → '.join(means)}")
         yield Block("answers", [{"source": prompt["source"], "prompt": prompt["prompt"]}])
         pairs = zip_longest(*(prompt[side]["answers"] for side in ("before", "after")))
@@ -385,10 +385,7 @@ def _repeat(run: Run, series: RunSeries, report: Record) -> Iterator[Block | Tab
 def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str) -> Page:
     """The page of `evaluation.compare.compare_runs`; `names`: of all runs, the first one first."""
     keys, unit = list(found[0].metrics), "document" if found[0].are_documents else "row"
-    plots = [
-        _plot(key, names, [comparison.metrics[key] for comparison in found if key in comparison.metrics])
-        for key in keys
-    ]
+    plots = [_plot(key, names, found) for key in keys]
     summary = f"{plural(len(names), 'run')} on the {plural(found[0].num_rows, unit)} that all have; A is {names[0]}."
     versions = {"tunesmith": __version__}
     report = {"name": "Comparison", "task": task, "method": plural(len(names), "run"), "versions": versions}
@@ -410,11 +407,13 @@ def comparison_table(names: Sequence[str], found: Sequence[Comparison]) -> Table
             for info, comparison in differences
         ]
         rows.append([Cell(name), *cells])
-    return Table([Column("run", "name"), *(Column(info_of(key).label, "number") for key in keys)], rows)
+    titles = [info_of(key, found[0].drawn).label for key in keys]
+    return Table([Column("run", "name"), *(Column(title, "number") for title in titles)], rows)
 
 
-def _plot(key: str, names: Sequence[str], differences: Sequence[Difference]) -> Plot:
-    info, others = info_of(key), [one_line(name, 30) for name in names[1:]]
+def _plot(key: str, names: Sequence[str], found: Sequence[Comparison]) -> Plot:
+    info, others = info_of(key, found[0].drawn), [one_line(name, 30) for name in names[1:]]
+    differences = [comparison.metrics[key] for comparison in found if key in comparison.metrics]
 
     def paint(axes: Any) -> None:
         axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (1, 2)))
