@@ -68,7 +68,7 @@ def train(
         data: one or several paths or {"path", "weight"}; or rows: a list of mappings, a pandas or `datasets`
             table, written to `root`/data as JSONL, where a resumed run finds them. `eval` is the same.
         recipe: a recipe or its file; `options`, sections or keys of it, win: method="lora", optim={"lr": 1e-4}.
-            Task reinforce takes grader=function, which is in a file, or what `--grader` takes; in reinforce={...} too.
+            Task reinforce takes grader=..., here or in reinforce={...}: a function of a file, or what `--grader` takes.
         progress: whether a bar is shown; None: in notebooks and on terminals.
         should_stop: called before the first step and after each.
 

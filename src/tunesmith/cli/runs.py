@@ -274,7 +274,8 @@ def _measures(screen: Console, series: RunSeries, report: Record | None) -> None
 
 
 def training_curve(values: Sequence[float], steps: int) -> str:
-    """The means of the first and of the last values of a run of so many steps, which share none."""
+    """The means of the first and of the last values of a run, which have no step in common, and the number of
+    all its steps."""
     if len(values) == 1:
         return f"{loss(values[0])} in {plural(steps, 'step')}"
     num = min(max(10, len(values) // 10), len(values) // 2)  # one step may have a single row

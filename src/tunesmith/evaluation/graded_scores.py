@@ -19,11 +19,11 @@ MARK = "answer_rewards"
 GRAM, MOST_TIMES = 4, 3
 """Words of a phrase, and times that an answer may have it without repeating itself."""
 NATS_AWAY = "nats_away"
-"""The key of how far answers are from the untouched model's, in the result of a row and among measures."""
+"""The key of the distance of answers from the untouched model, in results of rows and among measures."""
 FAR_AWAY = 10.0
-"""Nats an answer from which on that is noted where rewards rose."""
+"""Nats an answer: where rewards rose and answers are further away than this, a note says so."""
 LONGER = 1 / 3
-"""Share by which answers have grown or shrunk, from which on that is noted where rewards rose."""
+"""Share: where rewards rose and answers grew or shrank by more than this, a note says so."""
 FEWER_ENDED = 0.05
 ALIKE = 0.7
 """Share of equal answers above which hardly a group has a spread."""
@@ -148,7 +148,7 @@ def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> I
     if now.get(NATS_AWAY, 0.0) > FAR_AWAY:
         yield (
             f"{rose}, and an answer is {now[NATS_AWAY]:.0f} nats away from the untouched model: read some. "
-            "reinforce.kl: 0.02 or a lower optim.lr holds it nearer"
+            "reinforce.kl: 0.02 or a lower optim.lr keeps it nearer"
         )
     if now["repeated"] > 2 * max(was["repeated"], 0.01):
         share, earlier = percent(now["repeated"], 0), percent(was["repeated"], 0)

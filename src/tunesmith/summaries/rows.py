@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tunesmith.types import Example, TaskName
 
 SHAPELESS = {"unknown_shape", "other_task", "missing_column"}
-"""Codes of problems of rows of which nobody knows which fields are what."""
+"""Codes of problems with rows whose fields have no known meaning."""
 
 
 def rows_as_read(
@@ -24,8 +24,8 @@ def rows_as_read(
     trained, spans, problems} of each row.
 
     `spans`: (text, whether it is learnt). Without a renderer, and for labels, they are the texts before any
-    template, and the numbers of tokens are None. Of a row that cannot be used they are its fields as
-    they are. Raises DataError if the file cannot be read.
+    template, and the numbers of tokens are None. A row that cannot be used has its fields as spans. Raises
+    DataError if the file cannot be read.
     """
     from tunesmith.data.columns import usual_columns
     from tunesmith.data.examples import examples
@@ -60,7 +60,7 @@ def rows_as_read(
 
 
 def _rows_as_they_are(data: Data, first: int, last: int) -> list[JsonObject]:
-    """Lines with the fields that they have: nothing is known of what would be learnt of them."""
+    """The lines `first` to `last` with their fields as spans: what a task would learn from them is unknown."""
     from tunesmith.data.read import read
 
     rows: list[JsonObject] = []
