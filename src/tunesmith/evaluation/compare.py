@@ -199,7 +199,7 @@ def compare_runs(sides: Sequence[Sequence[RowResult]]) -> list[Comparison]:
         raise InputError(f"the {len(sides)} evaluations have no row that is in all of them. Measure all on one file.")
     shared_rows = [[row for key, row in keyed(rows) if key in shared] for rows in sides]
     if all(kind_of(row) == "graded" for rows in shared_rows for row in rows):
-        shared_rows = with_one_k(shared_rows)
+        shared_rows = list(map(list[RowResult], with_one_k(shared_rows)))
     in_order = [list(by_key(rows).values()) for rows in shared_rows]
     are_ranks = kind_of(shared_rows[0][0]) == "ranks"
     (first, *others), note = _in_one_pool(in_order) if are_ranks else (shared_rows, "")
