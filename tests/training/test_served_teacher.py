@@ -285,7 +285,12 @@ def test_a_reply_counts_once_it_is_in_its_file(tmp_path: Path, monkeypatch: pyte
         file: Any = open(path, mode)  # noqa: SIM115 (who asked for it closes it)
         if mode == "ab":
             write = file.write
-            file.write = lambda line: (seen.append(replies.get("a")), write(line))
+
+            def noted(line: bytes) -> int:
+                seen.append(replies.get("a"))
+                return int(write(line))
+
+            file.write = noted
         return file
 
     monkeypatch.setattr("tunesmith.runs.keyed_lines.open", opened, raising=False)
