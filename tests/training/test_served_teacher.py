@@ -276,6 +276,29 @@ def test_what_was_answered_is_not_asked_again(server: ScoringServer, tmp_path: P
     assert all((before[i] == after[i]).all() for i in range(6))
 
 
+def test_a_reply_counts_once_it_is_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the same tokens are asked at the same time, and each looks for the reply to the other."""
+    replies = KeyedLines(tmp_path / "asked.jsonl")
+    seen: list[Any] = []
+
+    def opened(path: Path, mode: str) -> Any:
+        file: Any = open(path, mode)  # noqa: SIM115 (who asked for it closes it)
+        if mode == "ab":
+            write = file.write
+
+            def noted(line: bytes) -> int:
+                seen.append(replies.get("a"))
+                return int(write(line))
+
+            file.write = noted
+        return file
+
+    monkeypatch.setattr("tunesmith.runs.keyed_lines.open", opened, raising=False)
+    replies.add({"a": {"values": 1}})
+    assert seen == [None]
+    assert replies.get("a") == {"key": "a", "values": 1}
+
+
 @pytest.mark.slow
 def test_a_run_that_was_left_by_its_teacher_goes_on(place: Path, tmp_path: Path, whole: tuple[Run, Any]) -> None:
     recipe, root = taught(tmp_path, whole[1].address), tmp_path / "runs"

@@ -110,10 +110,9 @@ def _loaded(to_load: Record) -> Work | None:
     sys.path.insert(0, str(file.parent))
     try:
         module = _module(MODULE, file)
-    except Exception:
-        _refuse_hiding(file)
-        raise
-    _refuse_hiding(file)
+    finally:
+        if hiding := _hiding(file):
+            raise GradeError("exception", hiding)
     function = getattr(module, name := to_load["function"], None)
     if not callable(function):
         functions = [value for value in vars(module).values() if inspect.isfunction(value)]
@@ -131,29 +130,13 @@ def _module(name: str, file: Path) -> Any:
     return module
 
 
-_HIDES = "{} hides the library {}: rename the file."
-
-
-def _refuse_hiding(file: Path) -> None:
-    """Raise GradeError where the grader's file was loaded in place of a library."""
-    if library := _hidden_by(file):
-        raise GradeError("exception", _HIDES.format(file.name, library))
-
-
-def _hidden_from(error: BaseException) -> tuple[str, str] | None:
-    """(name of the grader's file, library that it hides) where that may have caused the error."""
-    file = Path(getattr(sys.modules.get(MODULE), "__file__", None) or "")
-    library = _hidden_by(file) if isinstance(error, (AttributeError, ImportError)) else ""
-    return (file.name, library) if library else None
-
-
-def _hidden_by(file: Path) -> str:
-    """The library whose name the grader's file has, if some code imported that name and got the file; else ""."""
+def _hiding(file: Path) -> str:
+    """A sentence where some code imported a library and got the grader's file, which has its name; else ""."""
     if getattr(sys.modules.get(file.stem), "__file__", None) != str(file):
         return ""
     others = [path for path in sys.path if Path(path) != file.parent]
     is_library = file.stem in sys.stdlib_module_names or PathFinder.find_spec(file.stem, others) is not None
-    return file.stem if is_library else ""
+    return f"{file.name} hides the library {file.stem}: rename the file." if is_library else ""
 
 
 def _called(function: Callable[..., Any]) -> Work:
@@ -189,12 +172,17 @@ def _own_files(file: str) -> dict[str, str]:
     if not file:
         return {}
     folder = Path(file).parent.resolve()
-    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    installed = [place.resolve() for place in _installed()]
     others = {place for place in (*installed, PACKAGE) if place != folder and place not in folder.parents}
     paths = {Path(at) for module in list(sys.modules.values()) if (at := getattr(module, "__file__", None))}
     files = {path: set(path.resolve().parents) for path in sorted(paths) if path.is_file()}
     of_grader = [path for path, parents in files.items() if folder in parents and not parents & others]
     return {str(path.relative_to(folder)): _sha256(path) for path in of_grader}
+
+
+def _installed() -> set[Path]:
+    """The folders of Python and of installed packages."""
+    return {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
 
 
 def _sha256(path: Path) -> str:
@@ -224,16 +212,10 @@ def _trace(error: BaseException) -> str:
     without marks below the others."""
     trace = traceback.TracebackException.from_exception(error)
     frames = [frame for frame in trace.stack if frame.filename != __file__ and "importlib" not in frame.filename]
-    while len(frames) > 1 and _is_installed(frames[-1].filename):
+    while len(frames) > 1 and _installed() & {*Path(frames[-1].filename).parents}:
         frames.pop()  # the line of the grader that called it says more
     lines = traceback.format_list([(frame.filename, frame.lineno or 0, frame.name, frame.line) for frame in frames])
     return "".join([*lines, *trace.format_exception_only()]).strip()[-MOST_TRACE:]
-
-
-def _is_installed(file: str) -> bool:
-    """Whether a file belongs to Python or to an installed package."""
-    libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    return bool(libraries & set(Path(file).parents))
 
 
 def _problem(error: BaseException, request: Record | None = None) -> Answer:
@@ -241,7 +223,9 @@ def _problem(error: BaseException, request: Record | None = None) -> Answer:
     if isinstance(error, GradeError):
         return {"kind": error.kind, "error": str(error)}
     kind = "memory" if isinstance(error, MemoryError) else "exception"
-    ways_out = [_HIDES.format(*hidden)] if (hidden := _hidden_from(error)) else _ways_out(error, request or {})
+    file = Path(getattr(sys.modules.get(MODULE), "__file__", None) or "")
+    hiding = _hiding(file) if isinstance(error, (AttributeError, ImportError)) else ""
+    ways_out = [hiding] if hiding else _ways_out(error, request or {})
     return {"kind": kind, "error": "\n".join([_trace(error), *ways_out])}
 
 

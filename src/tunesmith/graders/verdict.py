@@ -64,16 +64,15 @@ def _verdicts(values: Record) -> Iterator[Verdict]:
         why = "there is nothing to learn: take an easier task, a denser grader, or train on references first"
         yield Verdict(f"All answers of the model get {model['low']:g}: {why}.", True)
     if low < high:
-        yield from _of_played(values)
+        yield from _of_played(values, low, high)
     yield from _of_model(values)
 
 
-def _of_played(values: Record) -> Iterator[Verdict]:
+def _of_played(values: Record, low: float, high: float) -> Iterator[Verdict]:
+    """Verdicts on answers that no model gave; all grades are from `low` to `high`."""
     empty = values["kinds"].get("empty")
-    if not values["won"] and empty and empty["scored"]:
-        most = max(entry["high"] for entry in values["kinds"].values() if entry["scored"])
-        if empty["low"] == most:
-            yield Verdict(f"An empty answer gets {most:.3g}, the most of all: the grader may be won by saying nothing.")
+    if not values["won"] and empty and empty["scored"] and empty["low"] == high:
+        yield Verdict(f"An empty answer gets {high:.3g}, the most of all: the grader may be won by saying nothing.")
     winners = [
         kind for kind, entry in values["won"].items() if kind != "twice" and entry["mean"] >= entry["mean_against"]
     ]
@@ -81,9 +80,7 @@ def _of_played(values: Record) -> Iterator[Verdict]:
         got = ", ".join(f"{PLAYED[kind]} gets {values['won'][kind]['mean']:.3g}" for kind in winners)
         against = values["won"][winners[0]]
         right = f"{PLAYED[against['against']]} {against['mean_against']:.3g}"
-        if values["kinds"][against["against"]]["high"] == min(
-            entry["low"] for entry in values["kinds"].values() if entry["scored"]
-        ):
+        if values["kinds"][against["against"]]["high"] == low:
             why = "Either they are not written as the grader wants answers, or it looks at something else"
             yield Verdict(f"{right[0].upper()}{right[1:]}, the lowest reward of all: {got}. {why}.", True)
             return

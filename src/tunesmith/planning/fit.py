@@ -36,7 +36,7 @@ def gib(num_bytes: float) -> str:
 
 def with_fewer_streams(recipe: Recipe, predict: Predict) -> tuple[Recipe, list[Choice]]:
     """The recipe with as many answers decoded together as there is memory for, as long as fewer take less: of one
-    prompt at least. An answer does not follow from their number but for rounding."""
+    prompt at least. Their number changes answers by rounding alone."""
     streams, forecast = resolved(recipe.reinforce.streams), predict(recipe)
     best, first = recipe, forecast.memory.total
     while forecast.memory.total > (1 - MARGIN) * forecast.device.room and streams > recipe.reinforce.samples:

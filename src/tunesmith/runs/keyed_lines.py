@@ -52,13 +52,14 @@ class KeyedLines:
     def add(self, entries: Mapping[str, Record]) -> None:
         """Append entries; the death of this process loses none. Threads may add at the same time."""
         lines = {key: to_json({"key": key, **entry}) + b"\n" for key, entry in entries.items()}
-        num_bytes = sum(map(len, lines.values()))
+        places, num_bytes = dict[str, int](), sum(map(len, lines.values()))
         with self._lock, storing(self.path, num_bytes=num_bytes):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 for key, line in lines.items():
-                    self._places[key] = file.tell()
+                    places[key] = file.tell()
                     file.write(line)
+            self._places |= places  # now that another thread can read them
 
     def remove(self) -> None:
         """Remove the file, of which nothing is needed any more."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,13 @@ class SampledModel:
                 elif isinstance(event, Finished) and not isinstance(samples := answers[i], str):
                     tools = {str(tool.get("function", tool).get("name")) for tool in questions[i].tools}
                     prefix, text = samples[event.index].prefix, "".join(texts.pop((i, event.index), []))
-                    samples[event.index] = replace(self._sample(text, tools, event), prefix=prefix)
+                    samples[event.index] = self._sample(text, tools, event, prefix)
                     done += 1
             progress("draw", done, total)
         return answers
 
-    def _sample(self, text: str, tools: set[str], event: Finished) -> Sample:
+    def _sample(self, text: str, tools: set[str], event: Finished, prefix: str) -> Sample:
         form, calls = self.model.card.calls, list[dict[str, Any]]()
         if form and tools:
             calls, text = find_calls(text, form, tools)
-        return Sample(text, calls, event.reason != "length", event.completion_tokens)
+        return Sample(text, calls, event.reason != "length", event.completion_tokens, prefix)

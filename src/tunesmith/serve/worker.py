@@ -191,10 +191,10 @@ class Worker:
     def step(self) -> None:
         """One step of all answers under way, and a piece of a prompt that is scored; sends its events."""
         busy = [scheduler for scheduler in self._schedulers.values() if scheduler.is_busy]
-        if not busy and not self._scores:
-            self._registry.drop_detached()
         if self._scores:
             self._try(next(iter(self._scores)), self._score_on)
+        elif not busy:
+            self._registry.drop_detached()
         if events := [event for scheduler in busy for event in scheduler.step()]:
             self._send(tuple(events))
 

@@ -99,7 +99,7 @@ class Drawing:
         return self.recipe.reinforce
 
     def close(self) -> None:
-        """End the processes of the grader, and let go of who was told."""
+        """End the processes of the grader, and let go of the receiver of notes."""
         self.pool.close()
         self.notes = DrawNotes()
 

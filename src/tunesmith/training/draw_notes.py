@@ -27,16 +27,15 @@ class DrawNotes:
     def of_grades(self, groups: Sequence[Group]) -> None:
         """Name the further numbers of the grader that were none."""
         values: dict[str, list[str]] = {}
-        num = 0
-        for grade in (grade for group in groups for grade in group.grades):
-            num += 1
+        grades = [grade for group in groups for grade in group.grades]
+        for grade in grades:
             for name, value in grade.left_out.items():
                 values.setdefault(name, []).append(value)
         for name in sorted(values.keys() - self._told):
             self._told.add(name)
-            shown = listed(dict.fromkeys(values[name]), 3)
+            shown, num = listed(dict.fromkeys(values[name]), 3), plural(len(grades), "answer")
             self.say(
-                f"the grader's score {name!r} is no finite number in {len(values[name]):,} of {plural(num, 'answer')} "
+                f"the grader's score {name!r} is no finite number in {len(values[name]):,} of {num} "
                 f"({shown}): left out of its mean, here and later; the rewards count as they are. Let the grader give "
                 "a number, or leave the name out"
             )

@@ -68,13 +68,13 @@ class LocalTeacher(Teacher):
 
     def lists(self, rows: Sequence[Row]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """As `Teacher.lists`; rows of like length come together."""
-        yield from self._read(rows, self._lists_of)
+        return self._read(rows, self._lists_of)
 
     def taught(
         self, rows: Sequence[Row], answers: Sequence[DrawnAnswer], output: OutputLayer | None
     ) -> tuple[list[NDArray[np.float32]], LossSum]:
         """[N, D] of each row, what its output layer reads at the row's targets, and the reverse divergence."""
-        hidden = dict(self._read(rows, self._hidden_of))
+        hidden = dict(self._read(rows, hidden_at_targets))
         loss_sum = partial(
             reverse_loss_sum,
             options=self.options,
@@ -107,16 +107,12 @@ class LocalTeacher(Teacher):
                 parts = torch.split(numbers_NC, [int(row.trained.sum()) for row in inside])
                 yield from ((i, part_NC.numpy()) for i, part_NC in zip(members, parts, strict=True))
 
-    def _hidden_of(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """[N, D]"""
-        return hidden_at_targets(model, batch)
-
     def _lists_of(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """[N, C], from the logits of some targets at a time."""
         if self.output is None:
             parts = iter(torch.split(logits_at_targets(model, batch), PIECE))
         else:
-            parts = map(self.output.logits, torch.split(self._hidden_of(model, batch), PIECE))
+            parts = map(self.output.logits, torch.split(hidden_at_targets(model, batch), PIECE))
         return torch.cat([self._list_of(logits_NV) for logits_NV in parts])
 
     def _list_of(self, logits_NV: Tensor) -> Tensor:

@@ -37,8 +37,12 @@ def as_answers(rows: Splits, reinforce: Reinforce, distil: Distil) -> tuple[Spli
     `reinforce.samples` rows for each prompt, one behind the other; on policy one for each row. Their store has
     lengths and targets and no tokens."""
     if rows.is_prompts:
-        new = reinforce.max_new_tokens
-        return _several(rows, reinforce.samples, new), [Aside(OF_ANSWERS.format(new, "reinforce"))]
+        new, num = reinforce.max_new_tokens, reinforce.samples
+        store = _answered(rows.store, np.repeat(rows.store.lengths[rows.train_rows], num), new)
+        for column in ("file_index", "hashes"):
+            setattr(store, column, np.repeat(getattr(rows.store, column)[rows.train_rows], num))
+        answers = replace(rows, store=store, train_rows=np.arange(len(store.lengths)))
+        return answers, [Aside(OF_ANSWERS.format(new, "reinforce"))]
     if distil.on_policy:
         new = distil.max_new_tokens
         store = _answered(rows.store, prompt_lengths(rows.store), new)
@@ -64,11 +68,3 @@ def _answered(store: RowStore, prompts_I: NDArray[np.integer[Any]], new: int) ->
     answered.targets = np.full(len(prompts_I), new, np.int32)
     answered.denominators = answered.targets.astype(np.float64)
     return answered
-
-
-def _several(rows: Splits, num: int, new: int) -> Splits:
-    """`num` answers to each prompt."""
-    store = _answered(rows.store, np.repeat(rows.store.lengths[rows.train_rows], num), new)
-    for column in ("file_index", "hashes"):
-        setattr(store, column, np.repeat(getattr(rows.store, column)[rows.train_rows], num))
-    return replace(rows, store=store, train_rows=np.arange(len(store.lengths)))

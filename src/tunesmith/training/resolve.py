@@ -136,7 +136,7 @@ def resolve_run(
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
-        notes = [*rate_notes(recipe.method, recipe.optim, TASKS[rows.task], facts)]
+        notes = rate_notes(recipe.method, recipe.optim, TASKS[rows.task], facts)
         notes += [*notes_on_repeats(recipe.train, facts), *notes_on_teacher(recipe, rows)]
         notes += _notes_on_prompts(rows, inputs)
         known: dict[str, Any] = {"notes": notes, "free_tokens": free_tokens}

@@ -181,7 +181,8 @@ class ServedTeacher(Teacher):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _numbers_of_row(self, row: Row, numbers: Numbers, top: int, replies: KeyedLines | None) -> NDArray[np.float32]:
-        key, places = _key_of(row), np.flatnonzero(row.trained).tolist()
+        key = hashlib.sha256(row.ids.astype(np.int32).tobytes() + row.trained.tobytes()).hexdigest()
+        places = np.flatnonzero(row.trained).tolist()
         if replies is not None and (reply := replies.get(key)) is not None:
             return np.frombuffer(b64decode(reply["values"]), np.float32).reshape(len(places), -1)
         try:
@@ -266,11 +267,6 @@ def _logp(entry: Entry, token: int | str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > SURE:
         raise _ReplyError(f"gives {value!r} as the log-probability of token {token}")
     return float(value)
-
-
-def _key_of(row: Row) -> str:
-    """SHA-256 of its tokens and of those that are learnt."""
-    return hashlib.sha256(row.ids.astype(np.int32).tobytes() + row.trained.tobytes()).hexdigest()
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

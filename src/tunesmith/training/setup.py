@@ -59,7 +59,7 @@ from tunesmith.training.same_run import run_identity
 from tunesmith.training.shared_prefixes import decide_sharing, image_token_of, with_shared_prefixes
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.training.taught_answers import taught_by
-from tunesmith.training.teacher import Teacher
+from tunesmith.training.teacher import Teacher, leader_of
 from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Layout, ModelKind, OnProgress
 
 PROBED = 3
@@ -286,7 +286,7 @@ def _resolve_together(
     if not world.is_first:
         decided = validate(world.wait_for(f"recipe {earlier_tries}"))
         recipe = decided if run is None else run.place(decided)
-    leader = world.rank - world.place.local_rank  # the first rank of this machine, which encodes its rows
+    leader = leader_of(world)  # it encodes the rows of its machine
     rows_are_ready = f"rows of {leader}, {earlier_tries}"
     if world.rank != leader:
         world.wait_for(rows_are_ready, leader)

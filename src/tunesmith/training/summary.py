@@ -225,11 +225,11 @@ def plain(value: Any) -> Any:
 
 
 def first_plan(run: Run) -> Event | None:
-    """What the run was planned to be at its first start; None: a run of a version that logged it alone, and was
-    killed before."""
+    """The plan of the run's first start: as it was logged, else as run.json has it. None: the run is of an earlier
+    version, and was killed before it logged its plan."""
     logged = next((event for event in run.events() if event.kind == "plan"), None)
-    kept = run.read_json("run.json").get(PLAN)
-    return logged or (Event("plan", 0, run.created, **kept) if kept else None)
+    planned = run.read_json("run.json").get(PLAN)
+    return logged or (Event("plan", 0, run.created, **planned) if planned else None)
 
 
 def plan_of(setup: Setup, planned: Event | None) -> tuple[JsonObject, JsonObject]:
@@ -240,5 +240,5 @@ def plan_of(setup: Setup, planned: Event | None) -> tuple[JsonObject, JsonObject
         return values, timing
     warnings = list(dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]]))
     asides = list(dict.fromkeys([*planned.values.get("asides", ()), *values["asides"]]))
-    kept = {key: planned.values[key] for key in ("given", "choices", "unusual") if key in planned.values}
-    return {**values, **kept, "warnings": warnings, "asides": asides}, {**planned.timing, **timing}
+    choices = {key: planned.values[key] for key in ("given", "choices", "unusual") if key in planned.values}
+    return {**values, **choices, "warnings": warnings, "asides": asides}, {**planned.timing, **timing}
