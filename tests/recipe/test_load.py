@@ -12,7 +12,7 @@ from tunesmith.recipe import load
 from tunesmith.recipe.docs import options
 from tunesmith.recipe.methods import AutoMethod, FullMethod, LoraMethod
 from tunesmith.recipe.reinforcement import NAMES_OF_LOSSES
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.schema import Data, Limits, Recipe
 
 PROBLEMS = [
     ({"method": {"name": "lora", "rank": "x"}}, "method.rank: 'x' is not a whole number"),
@@ -259,3 +259,10 @@ def test_numbers_that_no_machine_has_room_for_are_refused(data):
     """torch and libgomp end the process for them, without a word about the recipe."""
     with pytest.raises(RecipeError, match=str(10**9)):
         load.validate({"model": "m", **data})
+
+
+def test_options_that_win_leave_the_other_limits_of_a_run():
+    run = Data(limits=Limits(line_bytes=9, depth=8), encoding="cp1252")
+    wins = load.load(None, ["data.limits.depth=7"]).data
+    read = run.with_options({"limits": wins.limits})
+    assert read == Data(limits=Limits(line_bytes=9, depth=7), encoding="cp1252")

@@ -39,7 +39,7 @@ ROOMS = {
     "pages": (1_720, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_055, "several processes of one run"),
     "planning": (2_195, "defaults with reasons; memory, time, disk; draws, graders, teachers and images too"),
-    "recipe": (1_975, "every option, declared once; files of other tools translated"),
+    "recipe": (1_980, "every option, declared once; files of other tools translated"),
     "runs": (1_485, "run folders, events, checkpoints, how far a run is"),
     "serve": (
         3_385,

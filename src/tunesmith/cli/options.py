@@ -365,7 +365,7 @@ def refuse_unusable(
         return
     recipe, problems = Run.open(target, root).recipe(), list[Problem]()
     task, file = task or resolved(recipe.task), DataFile(path=data)
-    options = recipe.data.model_copy(update={"train": (file,), "replay": (), "eval": (), **reading})
+    options = recipe.data.with_options({"train": (file,), "replay": (), "eval": (), **reading})
     if usual := usual_columns(options, task):
         options = options.model_copy(update={"columns": usual[0]})
     if not any(examples([file], options, problems.append, task=task)):
@@ -389,7 +389,7 @@ def reading_of(target: str, root: Path, overrides: Record) -> Reading:
     from tunesmith.recipe.schema import Data
 
     data = Run.open(target, root).recipe().data if is_run(target, root) else Data()
-    return data.model_copy(update=overrides).reading
+    return data.with_options(overrides).reading
 
 
 def refuse_unreadable(paths: Sequence[str], how: Reading) -> None:

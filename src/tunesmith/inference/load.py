@@ -72,7 +72,7 @@ class LoadedModel:
 
     def read_by(self, options: Record) -> LoadedModel:
         """This model, with rows read by these options of `data` in place of its run's."""
-        data = self.recipe.data.model_copy(update=options)
+        data = self.recipe.data.with_options(options)
         return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
 
     @property

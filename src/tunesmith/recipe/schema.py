@@ -175,6 +175,12 @@ class Data(OptionGroup):
         """Settings for reading its files."""
         return Reading(self.encoding, self.suffixes)
 
+    def with_options(self, options: Mapping[str, Any]) -> Data:
+        """These options with others in their place; each of the `limits` that was set wins by itself."""
+        limits = options.get("limits", Limits())
+        set_limits = {key: getattr(limits, key) for key in limits.model_fields_set}
+        return self.model_copy(update={**options, "limits": self.limits.model_copy(update=set_limits)})
+
     @property
     def template_at(self) -> str | None:
         """Place where the template is read, see `DataFile.at`."""

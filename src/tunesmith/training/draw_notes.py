@@ -19,10 +19,12 @@ class DrawNotes:
 
     say: Callable[[str], None] = lambda text: None
     """Receives each sentence."""
-    _told: set[str] = field(default_factory=set)
-    """Names of numbers that were named, and other sentences that were said."""
+    _named: set[str] = field(default_factory=set)
+    """Names of the numbers that were named."""
     _in_vain: int = 0
     """Steps in a row, up to now, in which no group had a spread."""
+    _is_said: bool = False
+    """Whether steps in vain were named."""
 
     def of_grades(self, groups: Sequence[Group]) -> None:
         """Name the further numbers of the grader that were none."""
@@ -31,8 +33,8 @@ class DrawNotes:
         for grade in grades:
             for name, value in grade.left_out.items():
                 values.setdefault(name, []).append(value)
-        for name in sorted(values.keys() - self._told):
-            self._told.add(name)
+        for name in sorted(values.keys() - self._named):
+            self._named.add(name)
             shown, num = listed(dict.fromkeys(values[name]), 3), plural(len(grades), "answer")
             self.say(
                 f"the grader's score {name!r} is no finite number in {len(values[name]):,} of {num} "
@@ -43,9 +45,9 @@ class DrawNotes:
     def of_step(self, groups: Sequence[Group], step: int, *, teaches: bool) -> None:
         """Say when step after step has nothing to learn from. `teaches`: equal rewards are learnt from too."""
         self._in_vain = 0 if teaches or any(has_spread(group.scored) for group in groups) else self._in_vain + 1
-        if self._in_vain < IN_VAIN or "in vain" in self._told:
+        if self._in_vain < IN_VAIN or self._is_said:
             return
-        self._told.add("in vain")
+        self._is_said = True
         rewards = [reward for group in groups for reward in group.scored]
         equal = f", and all get {rewards[0]:g}" if len(set(rewards)) == 1 else ""
         self.say(
