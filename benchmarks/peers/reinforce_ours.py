@@ -50,7 +50,7 @@ def _losses(job: dict[str, Any]) -> dict[str, Any]:
     setup.save_result(folder / "adapter")
     (groups,), _ = drawing.groups_of(setup, [STEPS_BEFORE + 1])
     drawing.close()
-    worth = {(id(group), i): advantage for group, i, advantage in drawing._worth(groups)}
+    worth = {(id(group), i): advantage for group, i, advantage in drawing._counted(groups)}
     answers = [
         {
             "prompt_ids": setup.store.row(group.row).ids.tolist(),

@@ -1,6 +1,7 @@
 """`python -m benchmarks reinforce`: losses and gradients of one step are GRPOTrainer's, where TRL is installed."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,16 @@ from benchmarks.measured import ROOT
 from benchmarks.reinforce import SETTINGS, compared, raced
 
 from rewarded import rewarded
+from tunesmith.training.draw import Drawing
 
 PEER = Path(os.environ.get("PEERS", ROOT / ".peers")) / "trl" / "bin" / "python"
 """`python -m benchmarks.environments .peers trl` makes it."""
+
+
+def test_our_side_knows_the_drawing_as_it_is():
+    script = (ROOT / "benchmarks" / "peers" / "reinforce_ours.py").read_text("utf-8")
+    names = set(re.findall(r"drawing\.([a-z_]+)", script))
+    assert {name for name in names if not hasattr(Drawing, name)} <= set(Drawing.__dataclass_fields__)
 
 
 @pytest.mark.slow
